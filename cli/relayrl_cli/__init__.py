@@ -1,0 +1,1 @@
+"""The command relayrl: starts, drives and inspects a stack."""

@@ -1,0 +1,1 @@
+"""The client runtime: actors, local and remote inference, recording, delivery."""

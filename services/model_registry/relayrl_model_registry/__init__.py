@@ -1,0 +1,1 @@
+"""The model registry: policy versions, aliases, artefacts."""

@@ -1,0 +1,1 @@
+"""The training server: supervisor, ingest and learners."""

@@ -1,0 +1,1 @@
+"""What two services or more share: contracts and plumbing, never business logic."""

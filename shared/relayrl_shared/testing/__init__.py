@@ -1,0 +1,1 @@
+"""Test helpers that ship with the product: real servers and small artefacts."""
