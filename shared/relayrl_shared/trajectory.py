@@ -102,7 +102,7 @@ class Trajectory:
 
 
 class RecordSchema(msgspec.Struct, kw_only=True, frozen=True):
-    """What fixes the columns of a trajectory. Its digest names the Arrow schema on the wire and in the store."""
+    """What fixes the columns of a trajectory; its digest names the schema on the wire and in the store."""
 
     observation: ObservationSpec
     action: ActionSpec
