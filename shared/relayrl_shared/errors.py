@@ -4,7 +4,8 @@ RelayRLError
 ├── ConfigError                 a setting is unknown, of a wrong type or out of range
 ├── ContractError               a value breaks a rule of the record, the wire or the API
 │   ├── FrameError              bytes that do not parse as a message of ours
-│   │   └── ProtocolVersionError  a message of a protocol version that we do not speak
+│   │   ├── ProtocolVersionError  a message of a protocol version that we do not speak
+│   │   └── MessageTooLarge      a message above the limit of its receiver
 │   ├── SchemaVersionError      a database or file of a newer schema than this code
 │   ├── SpecMismatch            a shape, dtype, bound or leaf name that differs from the spec
 │   ├── InvalidObservation      a value that no policy may see (NaN, out of dtype)
@@ -63,15 +64,25 @@ class ContractError(RelayRLError):
 
 
 class FrameError(ContractError):
-    """Bytes that do not parse as a message of ours."""
+    """Bytes that do not parse as a message of ours.
+
+    `request_id` is the id of the message, 0 where it could not be read.
+    """
 
     code = "frame"
+    request_id: int = 0
 
 
 class ProtocolVersionError(FrameError):
     """A message of a protocol version that we do not speak."""
 
     code = "protocol_version"
+
+
+class MessageTooLarge(FrameError):
+    """A message above the limit of its receiver; the same message will never be taken."""
+
+    code = "message_too_large"
 
 
 class SchemaVersionError(ContractError):
