@@ -18,6 +18,7 @@ RelayRLError
 ├── TransportError              the other side could not be reached or did not answer
 │   ├── PeerTimeout             no answer within the deadline
 │   ├── PeerLost                the connection broke while a request was open
+│   ├── Draining                the other side is about to stop and takes no new work
 │   └── PeerRejected            the other side answered with an error; carries its code
 ├── StoreError                  the trajectory store refused or failed
 │   ├── DuplicateTrajectory     the same id with another digest
@@ -32,6 +33,7 @@ RelayRLError
 │   └── GoldenMismatch          it loads, but does not reproduce its golden vectors
 ├── InferenceError              the policy could not compute an action
 ├── PacingTimeout               admission did not come within the deadline
+├── StorageFull                 a disk is full; nothing was changed
 ├── SpoolError                  the spool cannot accept more or cannot be written
 └── Overloaded                  refused for load; carries retry_after_seconds
 
@@ -158,6 +160,12 @@ class PeerLost(TransportError):
     code = "peer_lost"
 
 
+class Draining(TransportError):
+    """The other side is about to stop and takes no new work; another address may (contracts C6)."""
+
+    code = "draining"
+
+
 class PeerRejected(TransportError):
     """The other side answered with an error that has no class here."""
 
@@ -242,6 +250,13 @@ class PacingTimeout(RelayRLError):
     """Admission (contracts E, F) did not come within the deadline."""
 
     code = "pacing_timeout"
+    retryable = True
+
+
+class StorageFull(RelayRLError):
+    """A disk is full: the call changed nothing and may succeed once there is space."""
+
+    code = "storage_full"
     retryable = True
 
 
