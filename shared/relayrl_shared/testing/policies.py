@@ -1,0 +1,338 @@
+"""Small real policies without torch, for tests of whatever loads, serves, keeps or runs policy artefacts.
+
+`make_artefact` builds an ONNX graph of the shape that the training server exports (one hidden layer, masks,
+sampling from noise, log-probs, value) for any observation and action spec. Equal specs give equal graph
+bytes; another seed gives other weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from safetensors.numpy import save as save_safetensors
+
+from relayrl_shared.policy.artefact import digest
+from relayrl_shared.policy.engine import run_unchecked
+from relayrl_shared.policy.graph import assemble, strip_data
+from relayrl_shared.policy.interface import (
+    element_count,
+    input_ports,
+    mask_shape,
+    noise_leaves,
+    output_ports,
+    twin,
+)
+from relayrl_shared.policy.manifest import GraphOutputs, PolicyArtefact, PolicyManifest
+from relayrl_shared.spaces import ActionSpec, LeafSpec, ObservationSpec
+
+MASKED_LOGIT = -1e9
+GOLDEN_ROWS = 8
+_OPSET = 20
+_IR_VERSION = 10
+
+
+def make_artefact(
+    observation_spec: ObservationSpec,
+    action_spec: ActionSpec,
+    *,
+    policy: str = "test",
+    policy_version: int | None = 1,
+    learner_update: int = 0,
+    seed: int = 0,
+    masked_leaves: tuple[str, ...] = (),
+    hidden_size: int = 16,
+    run_id: str = "test-run",
+    lineage_id: str = "test-lineage",
+    algorithm: str = "ppo",
+    allow_nan: bool = False,
+) -> PolicyArtefact:
+    """A valid artefact with random weights and golden vectors.
+
+    Args:
+        observation_spec: what the policy sees; every leaf is cast to float32 and flattened.
+        action_spec: what it does; all kinds of leaves.
+        policy: its name.
+        policy_version: None for one that no registry has numbered yet.
+        learner_update: finished updates of the learner that made it.
+        seed: of the weights and the golden inputs.
+        masked_leaves: action leaves that take a mask.
+        hidden_size: width of the one hidden layer.
+        run_id: of the manifest.
+        lineage_id: of the manifest.
+        algorithm: of the manifest.
+        allow_nan: of the manifest.
+    """
+    draft = PolicyManifest(
+        policy=policy,
+        policy_version=policy_version,
+        run_id=run_id,
+        lineage_id=lineage_id,
+        learner_update=learner_update,
+        algorithm=algorithm,
+        hyperparameters={"hidden_size": hidden_size},
+        observation_spec=observation_spec,
+        action_spec=action_spec,
+        masked_leaves=masked_leaves,
+        allow_nan=allow_nan,
+        noise=noise_leaves(action_spec),
+        outputs=GraphOutputs(
+            behaviour_log_prob=True,
+            leaf_log_prob=len(action_spec.leaves) > 1,
+            value=True,
+            policy_action=tuple(leaf.name for leaf in action_spec.leaves if leaf.kind == "box"),
+        ),
+        graph_digest="",
+        weights_digest="",
+        golden_digest="",
+    )
+    builder = _GraphBuilder(draft, hidden_size)
+    return finish_artefact(draft, builder.build(), builder.random_weights(seed), seed)
+
+
+def finish_artefact(
+    manifest: PolicyManifest, graph: bytes, weights: dict[str, NDArray[Any]], seed: int = 0
+) -> PolicyArtefact:
+    """An artefact of these parts: golden vectors run, digests filled in. For bent artefacts in tests."""
+    weights_file = save_safetensors(weights)
+    golden = _golden_vectors(manifest, graph, weights_file, seed)
+    return seal(PolicyArtefact(manifest=manifest, graph=graph, weights=weights_file, golden=golden))
+
+
+def seal(artefact: PolicyArtefact) -> PolicyArtefact:
+    """The artefact with the digests of the bytes that it has."""
+    manifest = msgspec.structs.replace(
+        artefact.manifest,
+        graph_digest=digest(artefact.graph),
+        weights_digest=digest(artefact.weights),
+        golden_digest=digest(artefact.golden),
+    )
+    return msgspec.structs.replace(artefact, manifest=manifest)
+
+
+def random_inputs(manifest: PolicyManifest, rows: int, seed: int = 0) -> dict[str, NDArray[Any]]:
+    """Inputs of a policy's graph: observations inside the spec, masks that allow something, noise.
+
+    Returns: one array [rows, *shape] for each input of the graph.
+    """
+    random = np.random.default_rng(seed)
+    leaves = {leaf.name: leaf for leaf in manifest.observation_spec.leaves}
+    masked = {twin("action_mask", leaf.name): leaf for leaf in manifest.action_spec.leaves}
+    inputs: dict[str, NDArray[Any]] = {}
+    for port in input_ports(manifest):
+        if port.name in leaves:
+            inputs[port.name] = _random_leaf(leaves[port.name], rows, random)
+        elif port.name in masked:
+            inputs[port.name] = _random_mask(masked[port.name], rows, random)
+        else:
+            inputs[port.name] = random.gumbel(size=(rows, *port.shape)).astype(np.float32)
+    return inputs
+
+
+def _random_leaf(leaf: LeafSpec, rows: int, random: np.random.Generator) -> NDArray[Any]:
+    shape, dtype = (rows, *leaf.shape), np.dtype(leaf.dtype)
+    if leaf.kind == "multi_binary":
+        return random.integers(0, 2, shape).astype(dtype)
+    if leaf.kind != "box":
+        counts = np.array(leaf.nvec).reshape(leaf.shape)
+        start = np.array(leaf.start or [0] * len(leaf.nvec)).reshape(leaf.shape)
+        return (start + random.integers(0, counts, shape)).astype(dtype)
+    low = np.array(leaf.low if leaf.low is not None else [-np.inf], np.float64)
+    high = np.array(leaf.high if leaf.high is not None else [np.inf], np.float64)
+    bounds = [np.broadcast_to(b if b.size == 1 else b.reshape(leaf.shape), leaf.shape) for b in (low, high)]
+    if dtype.kind in "iu":
+        limits = np.iinfo(dtype)
+        span = (
+            np.clip(bounds[0], max(limits.min, -1000), None),
+            np.clip(bounds[1], None, min(limits.max, 1000)),
+        )
+        return random.integers(span[0].astype(np.int64), span[1].astype(np.int64) + 1, shape).astype(dtype)
+    return np.clip(random.normal(size=shape), bounds[0], bounds[1]).astype(dtype)
+
+
+def _random_mask(leaf: LeafSpec, rows: int, random: np.random.Generator) -> NDArray[np.bool_]:
+    groups = (2,) * element_count(leaf) if leaf.kind == "multi_binary" else leaf.nvec
+    parts = []
+    for count in groups:
+        part = random.random((rows, count)) < 0.6
+        part[np.arange(rows), random.integers(0, count, rows)] = True
+        parts.append(part)
+    mask = np.concatenate(parts, axis=1)
+    return mask.reshape(rows, *(mask_shape(leaf) or ()))
+
+
+def _golden_vectors(manifest: PolicyManifest, graph: bytes, weights: bytes, seed: int) -> bytes:
+    """Golden vectors: the first half of the rows greedy, the rest sampled."""
+    inputs = random_inputs(manifest, GOLDEN_ROWS, seed)
+    for noise in manifest.noise:
+        inputs[noise.name][: GOLDEN_ROWS // 2] = 0
+    outputs = run_unchecked(assemble(graph, weights), inputs)
+    vectors = {f"in/{name}": array for name, array in inputs.items()}
+    vectors |= {f"out/{name}": np.ascontiguousarray(array) for name, array in outputs.items()}
+    return bytes(save_safetensors(vectors))
+
+
+class _GraphBuilder:
+    """Collects the nodes and initializers of a graph; one per `make_artefact` call."""
+
+    def __init__(self, manifest: PolicyManifest, hidden_size: int) -> None:
+        self.manifest = manifest
+        self.hidden_size = hidden_size
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of the parameters
+        self.counter = 0
+
+    def build(self) -> bytes:
+        """The graph file: parameters without data, ends named as the manifest says."""
+        hidden, width = self._encoder()
+        log_probs = [self._head(leaf, hidden) for leaf in self.manifest.action_spec.leaves]
+        self._op("Sum", log_probs, "behaviour_log_prob")
+        value = self._linear("value", hidden, width, 1)
+        self._op("Squeeze", [value, self._constant(np.array([1]))], "value")
+        graph = helper.make_graph(
+            self.nodes,
+            "policy",
+            [_value_info(port) for port in input_ports(self.manifest)],
+            [_value_info(port) for port in output_ports(self.manifest)],
+            [*self.constants, *(_parameter(name, shape) for name, shape in self.shapes.items())],
+        )
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR_VERSION
+        )
+        return bytes(model.SerializeToString(deterministic=True))
+
+    def random_weights(self, seed: int) -> dict[str, NDArray[Any]]:
+        """Random weights for the parameters of the graph that was built."""
+        random = np.random.default_rng(seed)
+        return {
+            name: (random.normal(size=shape) / np.sqrt(max(shape[0], 1))).astype(np.float32)
+            for name, shape in self.shapes.items()
+        }
+
+    def _op(self, operator: str, inputs: list[str], output: str | None = None, **attributes: Any) -> str:
+        self.counter += 1
+        name = output or f"v{self.counter}"
+        self.nodes.append(helper.make_node(operator, inputs, [name], name=f"n{self.counter}", **attributes))
+        return name
+
+    def _constant(self, array: NDArray[Any]) -> str:
+        name = f"constant_{len(self.constants)}"
+        self.constants.append(onnx.numpy_helper.from_array(np.asarray(array), name))
+        return name
+
+    def _float(self, value: float) -> str:
+        return self._constant(np.array(value, np.float32))
+
+    def _linear(self, name: str, source: str, fan_in: int, fan_out: int) -> str:
+        self.shapes[f"{name}.weight"] = (fan_in, fan_out)
+        self.shapes[f"{name}.bias"] = (fan_out,)
+        return self._op("Gemm", [source, f"{name}.weight", f"{name}.bias"])
+
+    def _encoder(self) -> tuple[str, int]:
+        leaves = self.manifest.observation_spec.leaves
+        parts = [
+            self._op("Flatten", [self._op("Cast", [leaf.name], to=TensorProto.FLOAT)], axis=1)
+            for leaf in leaves
+        ]
+        flat = self._op("Concat", parts, axis=1)
+        fan_in = sum(element_count(leaf) for leaf in leaves)
+        return self._op("Tanh", [self._linear("encoder", flat, fan_in, self.hidden_size)]), self.hidden_size
+
+    def _head(self, leaf: LeafSpec, hidden: str) -> str:
+        """Adds one action leaf's head; returns the name of its log-prob."""
+        noise = twin("noise", leaf.name)
+        width = sum(leaf.nvec) or element_count(leaf)
+        scores = self._linear(f"head.{leaf.name}", hidden, self.hidden_size, width)
+        heads = {"box": self._box, "multi_binary": self._multi_binary}
+        parts = heads.get(leaf.kind, self._categorical)(leaf, scores, noise)
+        single = len(self.manifest.action_spec.leaves) == 1
+        return self._op(
+            "ReduceSum",
+            [parts, self._constant(np.array([1]))],
+            None if single else twin("leaf_log_prob", leaf.name),
+            keepdims=0,
+        )
+
+    def _mask_of(self, leaf: LeafSpec) -> str | None:
+        return twin("action_mask", leaf.name) if leaf.name in self.manifest.masked_leaves else None
+
+    def _categorical(self, leaf: LeafSpec, scores: str, noise: str) -> str:
+        mask = self._mask_of(leaf)
+        if mask is not None:
+            scores = self._op("Where", [mask, scores, self._float(MASKED_LOGIT)])
+        noisy = self._op("Add", [scores, noise])
+        choices, log_probs, offset = [], [], 0
+        for count in leaf.nvec:
+            choice = self._op("ArgMax", [self._columns(noisy, offset, count)], axis=1, keepdims=1)
+            log_softmax = self._op("LogSoftmax", [self._columns(scores, offset, count)], axis=1)
+            choices.append(choice)
+            log_probs.append(self._op("GatherElements", [log_softmax, choice], axis=1))
+            offset += count
+        start = np.array(leaf.start or [0] * len(leaf.nvec), np.int64)
+        action = self._op("Add", [self._op("Concat", choices, axis=1), self._constant(start)])
+        self._finish_action(leaf, action)
+        return self._op("Concat", log_probs, axis=1)
+
+    def _columns(self, source: str, offset: int, count: int) -> str:
+        ends = [self._constant(np.array([n])) for n in (offset, offset + count, 1)]
+        return self._op("Slice", [source, *ends])
+
+    def _multi_binary(self, leaf: LeafSpec, scores: str, noise: str) -> str:
+        mask = self._mask_of(leaf)
+        if mask is not None:
+            for column, forced in ((0, -MASKED_LOGIT), (1, MASKED_LOGIT)):
+                allowed = self._op("Gather", [mask, self._constant(np.array(column))], axis=2)
+                scores = self._op("Where", [allowed, scores, self._float(forced)])
+        on = self._op("Greater", [self._op("Add", [scores, noise]), self._float(0.0)])
+        self._finish_action(leaf, on)
+        negative = self._op("Neg", [scores])
+        return self._op("Neg", [self._op("Softplus", [self._op("Where", [on, negative, scores])])])
+
+    def _box(self, leaf: LeafSpec, scores: str, noise: str) -> str:
+        width = element_count(leaf)
+        std = f"head.{leaf.name}.std"
+        self.shapes[std] = (width,)
+        positive = self._op("Exp", [std])  # random weights may be negative
+        sample = self._op("Add", [scores, self._op("Mul", [noise, positive])])
+        self._op("Reshape", [sample, self._row_shape(leaf)], twin("policy_action", leaf.name))
+        low, high = (self._constant(bound) for bound in _bounds(leaf))
+        self._finish_action(leaf, self._op("Max", [self._op("Min", [sample, high]), low]))
+        square = self._op("Mul", [noise, noise])
+        half = self._op("Mul", [square, self._float(-0.5)])
+        scale = self._op("Add", [std, self._float(0.5 * np.log(2 * np.pi))])
+        return self._op("Sub", [half, scale])
+
+    def _finish_action(self, leaf: LeafSpec, action: str) -> None:
+        shaped = self._op("Reshape", [action, self._row_shape(leaf)])
+        dtype = helper.np_dtype_to_tensor_dtype(np.dtype(leaf.dtype))
+        self._op("Cast", [shaped], leaf.name, to=dtype)
+
+    def _row_shape(self, leaf: LeafSpec) -> str:
+        return self._constant(np.array([-1, *leaf.shape], np.int64))
+
+
+def _bounds(leaf: LeafSpec) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Low and high of a box leaf [1, elements], float32, its largest numbers where there is no bound."""
+    limit, width = np.finfo(np.float32).max, element_count(leaf)
+    low = np.array(leaf.low if leaf.low is not None else [-limit], np.float64)
+    high = np.array(leaf.high if leaf.high is not None else [limit], np.float64)
+    pair = [
+        np.broadcast_to(np.clip(b, -limit, limit).astype(np.float32), (width,))[None] for b in (low, high)
+    ]
+    return pair[0], pair[1]
+
+
+def _value_info(port: Any) -> Any:
+    dtype = helper.np_dtype_to_tensor_dtype(np.dtype(port.dtype))
+    return helper.make_tensor_value_info(port.name, dtype, ["rows", *port.shape])
+
+
+def _parameter(name: str, shape: tuple[int, ...]) -> Any:
+    tensor = onnx.numpy_helper.from_array(np.zeros(shape, np.float32), name)
+    strip_data(tensor)
+    return tensor
