@@ -6,9 +6,20 @@ Used by the engine to check a graph, by the exporter to name its ends and by who
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from relayrl_shared.policy.manifest import NoiseKind, NoiseLeaf, PolicyManifest
-from relayrl_shared.spaces import ActionSpec, LeafSpec
+from relayrl_shared.spaces import (
+    ActionSpec,
+    LeafSpec,
+    leaf_log_prob_name,
+    mask_leaf_name,
+    noise_leaf_name,
+    policy_action_name,
+)
 
 NOISE_KINDS: dict[str, NoiseKind] = {
     "discrete": "gumbel",
@@ -27,34 +38,28 @@ class Port:
     shape: tuple[int, ...]
 
 
-def twin(prefix: str, action_leaf: str) -> str:
-    """The name of an action leaf's companion: `twin("noise", "action.gripper")` is `noise.gripper`."""
-    return prefix + action_leaf.removeprefix("action")
+def float_bounds(leaf: LeafSpec) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Finite bounds of a box leaf [1, size] in the dtype that its actions are clipped in, inside the leaf's.
 
-
-def element_count(leaf: LeafSpec) -> int:
-    """Elements of one row of a leaf."""
-    count = 1
-    for length in leaf.shape:
-        count *= length
-    return count
-
-
-def mask_shape(leaf: LeafSpec) -> tuple[int, ...] | None:
-    """Shape of one row of an action leaf's mask; None for a box, which has none (contracts H2)."""
-    if leaf.kind == "box":
-        return None
-    return (element_count(leaf), 2) if leaf.kind == "multi_binary" else (sum(leaf.nvec),)
+    float32 for float16 and float32 leaves, else float64: a bound rounded to float32 could lie outside.
+    """
+    dtype = np.float32 if leaf.dtype in ("float16", "float32") else np.float64
+    low, high = (bound.reshape(1, leaf.size) for bound in leaf.bounds())
+    limit = np.finfo(leaf.dtype if leaf.numpy_dtype.kind == "f" else dtype).max
+    inner_low, inner_high = (np.clip(bound.astype(dtype), -limit, limit) for bound in (low, high))
+    if leaf.numpy_dtype.kind in "iu":  # 2**63 - 1 rounds up to a float64 that no int64 holds
+        inner_high = np.where(inner_high >= 2.0**63, np.nextafter(inner_high, 0), inner_high)
+    return inner_low, inner_high
 
 
 def noise_leaves(action_spec: ActionSpec) -> tuple[NoiseLeaf, ...]:
     """The noise inputs that sampling these action leaves takes, one a leaf (contracts H2)."""
     return tuple(
         NoiseLeaf(
-            name=twin("noise", leaf.name),
+            name=noise_leaf_name(leaf.name),
             action_leaf=leaf.name,
             kind=NOISE_KINDS[leaf.kind],
-            width=sum(leaf.nvec) if leaf.nvec else element_count(leaf),
+            width=sum(leaf.nvec) if leaf.nvec else leaf.size,
         )
         for leaf in action_spec.leaves
     )
@@ -63,10 +68,11 @@ def noise_leaves(action_spec: ActionSpec) -> tuple[NoiseLeaf, ...]:
 def input_ports(manifest: PolicyManifest) -> tuple[Port, ...]:
     """The graph's inputs in order: observation leaves, mask leaves, noise leaves."""
     ports = [Port(leaf.name, leaf.dtype, leaf.shape) for leaf in manifest.observation_spec.leaves]
-    for leaf in manifest.action_spec.leaves:
-        shape = mask_shape(leaf)
-        if leaf.name in manifest.masked_leaves and shape is not None:
-            ports.append(Port(twin("action_mask", leaf.name), "bool", shape))
+    ports += [
+        Port(mask_leaf_name(leaf.name), "bool", leaf.mask_shape)
+        for leaf in manifest.action_spec.leaves
+        if leaf.name in manifest.masked_leaves and leaf.mask_shape is not None
+    ]
     ports += [Port(noise.name, "float32", (noise.width,)) for noise in manifest.noise]
     return tuple(ports)
 
@@ -76,14 +82,14 @@ def output_ports(manifest: PolicyManifest) -> tuple[Port, ...]:
     leaves, real = manifest.action_spec.leaves, manifest.outputs
     ports = [Port(leaf.name, leaf.dtype, leaf.shape) for leaf in leaves]
     ports += [
-        Port(twin("policy_action", leaf.name), "float32", leaf.shape)
+        Port(policy_action_name(leaf.name), "float32", leaf.shape)
         for leaf in leaves
         if leaf.name in real.policy_action
     ]
     if real.behaviour_log_prob:
         ports.append(Port("behaviour_log_prob", "float32", ()))
     if real.leaf_log_prob:
-        ports += [Port(twin("leaf_log_prob", leaf.name), "float32", ()) for leaf in leaves]
+        ports += [Port(leaf_log_prob_name(leaf.name), "float32", ()) for leaf in leaves]
     if real.value:
         ports.append(Port("value", "float32", ()))
     return tuple(ports)

@@ -19,16 +19,17 @@ from safetensors.numpy import save as save_safetensors
 from relayrl_shared.policy.artefact import digest
 from relayrl_shared.policy.engine import run_unchecked
 from relayrl_shared.policy.graph import assemble, strip_data
-from relayrl_shared.policy.interface import (
-    element_count,
-    input_ports,
-    mask_shape,
-    noise_leaves,
-    output_ports,
-    twin,
-)
+from relayrl_shared.policy.interface import float_bounds, input_ports, noise_leaves, output_ports
 from relayrl_shared.policy.manifest import GraphOutputs, PolicyArtefact, PolicyManifest
-from relayrl_shared.spaces import ActionSpec, LeafSpec, ObservationSpec
+from relayrl_shared.spaces import (
+    ActionSpec,
+    LeafSpec,
+    ObservationSpec,
+    leaf_log_prob_name,
+    mask_leaf_name,
+    noise_leaf_name,
+    policy_action_name,
+)
 
 MASKED_LOGIT = -1e9
 GOLDEN_ROWS = 8
@@ -121,7 +122,7 @@ def random_inputs(manifest: PolicyManifest, rows: int, seed: int = 0) -> dict[st
     """
     random = np.random.default_rng(seed)
     leaves = {leaf.name: leaf for leaf in manifest.observation_spec.leaves}
-    masked = {twin("action_mask", leaf.name): leaf for leaf in manifest.action_spec.leaves}
+    masked = {mask_leaf_name(leaf.name): leaf for leaf in manifest.action_spec.leaves}
     inputs: dict[str, NDArray[Any]] = {}
     for port in input_ports(manifest):
         if port.name in leaves:
@@ -134,35 +135,23 @@ def random_inputs(manifest: PolicyManifest, rows: int, seed: int = 0) -> dict[st
 
 
 def _random_leaf(leaf: LeafSpec, rows: int, random: np.random.Generator) -> NDArray[Any]:
-    shape, dtype = (rows, *leaf.shape), np.dtype(leaf.dtype)
-    if leaf.kind == "multi_binary":
-        return random.integers(0, 2, shape).astype(dtype)
-    if leaf.kind != "box":
-        counts = np.array(leaf.nvec).reshape(leaf.shape)
-        start = np.array(leaf.start or [0] * len(leaf.nvec)).reshape(leaf.shape)
-        return (start + random.integers(0, counts, shape)).astype(dtype)
-    low = np.array(leaf.low if leaf.low is not None else [-np.inf], np.float64)
-    high = np.array(leaf.high if leaf.high is not None else [np.inf], np.float64)
-    bounds = [np.broadcast_to(b if b.size == 1 else b.reshape(leaf.shape), leaf.shape) for b in (low, high)]
-    if dtype.kind in "iu":
-        limits = np.iinfo(dtype)
-        span = (
-            np.clip(bounds[0], max(limits.min, -1000), None),
-            np.clip(bounds[1], None, min(limits.max, 1000)),
-        )
-        return random.integers(span[0].astype(np.int64), span[1].astype(np.int64) + 1, shape).astype(dtype)
-    return np.clip(random.normal(size=shape), bounds[0], bounds[1]).astype(dtype)
+    low, high = leaf.bounds()
+    shape = (rows, *leaf.shape)
+    if leaf.numpy_dtype.kind == "f":
+        return np.clip(random.normal(size=shape), low, high).astype(leaf.dtype)
+    limited = [np.clip(bound.astype(np.float64), -1000, 1000).astype(np.int64) for bound in (low, high)]
+    return random.integers(limited[0], limited[1] + 1, shape).astype(leaf.dtype)
 
 
 def _random_mask(leaf: LeafSpec, rows: int, random: np.random.Generator) -> NDArray[np.bool_]:
-    groups = (2,) * element_count(leaf) if leaf.kind == "multi_binary" else leaf.nvec
+    groups = (2,) * leaf.size if leaf.kind == "multi_binary" else leaf.nvec
     parts = []
     for count in groups:
         part = random.random((rows, count)) < 0.6
         part[np.arange(rows), random.integers(0, count, rows)] = True
         parts.append(part)
     mask = np.concatenate(parts, axis=1)
-    return mask.reshape(rows, *(mask_shape(leaf) or ()))
+    return mask.reshape(rows, *(leaf.mask_shape or ()))
 
 
 def _golden_vectors(manifest: PolicyManifest, graph: bytes, weights: bytes, seed: int) -> bytes:
@@ -240,13 +229,13 @@ class _GraphBuilder:
             for leaf in leaves
         ]
         flat = self._op("Concat", parts, axis=1)
-        fan_in = sum(element_count(leaf) for leaf in leaves)
+        fan_in = sum(leaf.size for leaf in leaves)
         return self._op("Tanh", [self._linear("encoder", flat, fan_in, self.hidden_size)]), self.hidden_size
 
     def _head(self, leaf: LeafSpec, hidden: str) -> str:
         """Adds one action leaf's head; returns the name of its log-prob."""
-        noise = twin("noise", leaf.name)
-        width = sum(leaf.nvec) or element_count(leaf)
+        noise = noise_leaf_name(leaf.name)
+        width = sum(leaf.nvec) or leaf.size
         scores = self._linear(f"head.{leaf.name}", hidden, self.hidden_size, width)
         heads = {"box": self._box, "multi_binary": self._multi_binary}
         parts = heads.get(leaf.kind, self._categorical)(leaf, scores, noise)
@@ -254,12 +243,12 @@ class _GraphBuilder:
         return self._op(
             "ReduceSum",
             [parts, self._constant(np.array([1]))],
-            None if single else twin("leaf_log_prob", leaf.name),
+            None if single else leaf_log_prob_name(leaf.name),
             keepdims=0,
         )
 
     def _mask_of(self, leaf: LeafSpec) -> str | None:
-        return twin("action_mask", leaf.name) if leaf.name in self.manifest.masked_leaves else None
+        return mask_leaf_name(leaf.name) if leaf.name in self.manifest.masked_leaves else None
 
     def _categorical(self, leaf: LeafSpec, scores: str, noise: str) -> str:
         mask = self._mask_of(leaf)
@@ -294,14 +283,17 @@ class _GraphBuilder:
         return self._op("Neg", [self._op("Softplus", [self._op("Where", [on, negative, scores])])])
 
     def _box(self, leaf: LeafSpec, scores: str, noise: str) -> str:
-        width = element_count(leaf)
+        width = leaf.size
         std = f"head.{leaf.name}.std"
         self.shapes[std] = (width,)
         positive = self._op("Exp", [std])  # random weights may be negative
         sample = self._op("Add", [scores, self._op("Mul", [noise, positive])])
-        self._op("Reshape", [sample, self._row_shape(leaf)], twin("policy_action", leaf.name))
-        low, high = (self._constant(bound) for bound in _bounds(leaf))
-        self._finish_action(leaf, self._op("Max", [self._op("Min", [sample, high]), low]))
+        self._op("Reshape", [sample, self._row_shape(leaf)], policy_action_name(leaf.name))
+        wide = self._op("Cast", [sample], to=helper.np_dtype_to_tensor_dtype(float_bounds(leaf)[0].dtype))
+        low, high = (self._constant(bound) for bound in float_bounds(leaf))
+        clipped = self._op("Max", [self._op("Min", [wide, high]), low])
+        integral = leaf.numpy_dtype.kind in "iu"
+        self._finish_action(leaf, self._op("Round", [clipped]) if integral else clipped)
         square = self._op("Mul", [noise, noise])
         half = self._op("Mul", [square, self._float(-0.5)])
         scale = self._op("Add", [std, self._float(0.5 * np.log(2 * np.pi))])
@@ -314,17 +306,6 @@ class _GraphBuilder:
 
     def _row_shape(self, leaf: LeafSpec) -> str:
         return self._constant(np.array([-1, *leaf.shape], np.int64))
-
-
-def _bounds(leaf: LeafSpec) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Low and high of a box leaf [1, elements], float32, its largest numbers where there is no bound."""
-    limit, width = np.finfo(np.float32).max, element_count(leaf)
-    low = np.array(leaf.low if leaf.low is not None else [-limit], np.float64)
-    high = np.array(leaf.high if leaf.high is not None else [limit], np.float64)
-    pair = [
-        np.broadcast_to(np.clip(b, -limit, limit).astype(np.float32), (width,))[None] for b in (low, high)
-    ]
-    return pair[0], pair[1]
 
 
 def _value_info(port: Any) -> Any:
