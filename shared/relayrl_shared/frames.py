@@ -30,8 +30,8 @@ MAX_DIMENSIONS = 16
 LEAF_ALIGNMENT_BYTES = 8
 MAX_LEAF_ELEMENTS = 1 << 40  # zero-sized axes left out, so that numpy can hold any shape that passes
 LEAF_DTYPES = frozenset(
-    ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
-    + ["float16", "float32", "float64"]
+    {"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"}
+    | {"float16", "float32", "float64"}
 )
 
 PAYLOAD_FRAMES: Mapping[type[Message], int] = {
@@ -95,6 +95,14 @@ def decode(frames: Sequence[Buffer]) -> tuple[AnyMessage, list[memoryview]]:
         raise _version_error(message.version, message.request_id)
     _check_payload_count(message, len(frames) - 1)
     return message, [memoryview(frame) for frame in frames[1:]]
+
+
+def read_request_id(frames: Sequence[Buffer]) -> int:
+    """The request id of a message that is not decoded further; 0 where it cannot be read."""
+    try:
+        return msgspec.msgpack.decode(frames[0][:MAX_HEADER_BYTES], type=_Envelope).request_id
+    except (*_DECODE_ERRORS, IndexError):
+        return 0
 
 
 def _check_payload_count(message: AnyMessage, count: int) -> None:
