@@ -66,7 +66,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(algorithm: str, key: str, su
 
 def test_an_unknown_algorithm_names_all_there_are() -> None:
     """A misspelt algorithm is an error that lists the known ones; case does not matter."""
-    with pytest.raises(ConfigError, match="'PPOO' is unknown; did you mean 'PPO'.*REINFORCE"):
+    with pytest.raises(ConfigError, match=r"'PPOO' is unknown; did you mean 'PPO'.*REINFORCE"):
         canonical_name("PPOO")
     assert canonical_name("ppo") == "PPO"
 

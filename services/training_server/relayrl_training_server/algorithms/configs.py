@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 
@@ -163,8 +163,6 @@ class REINFORCEConfig(AlgorithmConfig, kw_only=True, frozen=True, forbid_unknown
 
 ALGORITHMS: dict[str, type[AlgorithmConfig]] = {"PPO": PPOConfig, "REINFORCE": REINFORCEConfig}
 """The algorithms by their canonical names."""
-
-C = TypeVar("C", bound=AlgorithmConfig)
 
 
 @dataclass(frozen=True)
