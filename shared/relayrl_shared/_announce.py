@@ -1,4 +1,4 @@
-"""Hints that an alias of a policy has moved: `Announcer` in the registry, `AnnouncementListener` elsewhere."""
+"""Hints that an alias of a policy moved: `Announcer` in the registry, `AnnouncementListener` elsewhere."""
 
 from __future__ import annotations
 
