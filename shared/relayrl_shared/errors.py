@@ -130,9 +130,16 @@ class RunMismatch(ContractError):
 
 
 class InvalidTrajectory(ContractError):
-    """A finished trajectory that fails validation; it goes to quarantine."""
+    """A finished trajectory that fails validation; it goes to quarantine with `reason`, a fixed word."""
 
     code = "invalid_trajectory"
+
+    def __init__(self, message: str, reason: str = "invalid") -> None:
+        super().__init__(message, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class UnknownActor(RelayRLError):
