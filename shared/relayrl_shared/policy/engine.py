@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from relayrl_shared.errors import ArtefactError, GoldenMismatch, InferenceError
 from relayrl_shared.policy.artefact import check_digests, describe
+from relayrl_shared.policy.golden import decode_golden
 from relayrl_shared.policy.graph import GraphTemplate, decode_tensors, fill, parse_template
 from relayrl_shared.policy.interface import Port, input_ports, output_ports
 from relayrl_shared.policy.manifest import PolicyArtefact, PolicyManifest
@@ -212,16 +213,17 @@ def _check_port(what: str, port: Port, node: Any) -> None:
 
 
 def _check_golden(loaded: LoadedPolicy, golden: bytes) -> None:
-    vectors = decode_tensors(golden, "the golden vectors")
-    wanted = {f"in/{name}" for name in loaded.input_names} | {f"out/{name}" for name in loaded.output_names}
-    if vectors.keys() != wanted:
-        raise ArtefactError(f"the golden vectors differ in names: {sorted(vectors.keys() ^ wanted)}")
+    inputs, expected = decode_golden(golden)
+    if inputs.keys() != set(loaded.input_names) or expected.keys() != set(loaded.output_names):
+        raise ArtefactError(
+            f"the golden vectors are of {sorted(inputs)} and {sorted(expected)}, not this graph"
+        )
     try:
-        outputs = loaded.run({name: vectors[f"in/{name}"] for name in loaded.input_names})
+        outputs = loaded.run(inputs)
     except InferenceError as error:
         raise GoldenMismatch(f"the golden inputs cannot be run: {error}") from error
     for name, actual in outputs.items():
-        _compare(name, actual, vectors[f"out/{name}"], loaded.manifest)
+        _compare(name, actual, expected[name], loaded.manifest)
 
 
 def _compare(name: str, actual: NDArray[Any], expected: NDArray[Any], manifest: PolicyManifest) -> None:

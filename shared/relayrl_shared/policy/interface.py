@@ -6,15 +6,16 @@ Used by the engine to check a graph, by the exporter to name its ends and by who
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from relayrl_shared.policy.manifest import NoiseKind, NoiseLeaf, PolicyManifest
+from relayrl_shared.policy.manifest import GraphOutputs, NoiseKind, NoiseLeaf
 from relayrl_shared.spaces import (
     ActionSpec,
     LeafSpec,
+    ObservationSpec,
     leaf_log_prob_name,
     mask_leaf_name,
     noise_leaf_name,
@@ -27,6 +28,33 @@ NOISE_KINDS: dict[str, NoiseKind] = {
     "multi_binary": "logistic",
     "box": "normal",
 }
+
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class ActingInterface(Protocol):
+    """What fixes a graph's ends: a `PolicyManifest`, or the module that will be exported."""
+
+    @property
+    def observation_spec(self) -> ObservationSpec:
+        """What the policy sees."""
+
+    @property
+    def action_spec(self) -> ActionSpec:
+        """What it does."""
+
+    @property
+    def masked_leaves(self) -> tuple[str, ...]:
+        """The action leaves that take a mask."""
+
+    @property
+    def noise(self) -> tuple[NoiseLeaf, ...]:
+        """The noise that sampling takes."""
+
+    @property
+    def outputs(self) -> GraphOutputs:
+        """Which outputs are real."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +93,21 @@ def noise_leaves(action_spec: ActionSpec) -> tuple[NoiseLeaf, ...]:
     )
 
 
-def input_ports(manifest: PolicyManifest) -> tuple[Port, ...]:
+def input_ports(interface: ActingInterface) -> tuple[Port, ...]:
     """The graph's inputs in order: observation leaves, mask leaves, noise leaves."""
-    ports = [Port(leaf.name, leaf.dtype, leaf.shape) for leaf in manifest.observation_spec.leaves]
+    ports = [Port(leaf.name, leaf.dtype, leaf.shape) for leaf in interface.observation_spec.leaves]
     ports += [
         Port(mask_leaf_name(leaf.name), "bool", leaf.mask_shape)
-        for leaf in manifest.action_spec.leaves
-        if leaf.name in manifest.masked_leaves and leaf.mask_shape is not None
+        for leaf in interface.action_spec.leaves
+        if leaf.name in interface.masked_leaves and leaf.mask_shape is not None
     ]
-    ports += [Port(noise.name, "float32", (noise.width,)) for noise in manifest.noise]
+    ports += [Port(noise.name, "float32", (noise.width,)) for noise in interface.noise]
     return tuple(ports)
 
 
-def output_ports(manifest: PolicyManifest) -> tuple[Port, ...]:
+def output_ports(interface: ActingInterface) -> tuple[Port, ...]:
     """The graph's outputs in order: actions, policy actions, log-probs, value."""
-    leaves, real = manifest.action_spec.leaves, manifest.outputs
+    leaves, real = interface.action_spec.leaves, interface.outputs
     ports = [Port(leaf.name, leaf.dtype, leaf.shape) for leaf in leaves]
     ports += [
         Port(policy_action_name(leaf.name), "float32", leaf.shape)

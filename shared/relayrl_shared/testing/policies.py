@@ -18,6 +18,7 @@ from safetensors.numpy import save as save_safetensors
 
 from relayrl_shared.policy.artefact import digest
 from relayrl_shared.policy.engine import run_unchecked
+from relayrl_shared.policy.golden import encode_golden, random_inputs
 from relayrl_shared.policy.graph import assemble, strip_data
 from relayrl_shared.policy.interface import float_bounds, input_ports, noise_leaves, output_ports
 from relayrl_shared.policy.manifest import GraphOutputs, PolicyArtefact, PolicyManifest
@@ -30,6 +31,8 @@ from relayrl_shared.spaces import (
     noise_leaf_name,
     policy_action_name,
 )
+
+__all__ = ["finish_artefact", "make_artefact", "random_inputs", "seal"]
 
 MASKED_LOGIT = -1e9
 GOLDEN_ROWS = 8
@@ -115,54 +118,12 @@ def seal(artefact: PolicyArtefact) -> PolicyArtefact:
     return msgspec.structs.replace(artefact, manifest=manifest)
 
 
-def random_inputs(manifest: PolicyManifest, rows: int, seed: int = 0) -> dict[str, NDArray[Any]]:
-    """Inputs of a policy's graph: observations inside the spec, masks that allow something, noise.
-
-    Returns: one array [rows, *shape] for each input of the graph.
-    """
-    random = np.random.default_rng(seed)
-    leaves = {leaf.name: leaf for leaf in manifest.observation_spec.leaves}
-    masked = {mask_leaf_name(leaf.name): leaf for leaf in manifest.action_spec.leaves}
-    inputs: dict[str, NDArray[Any]] = {}
-    for port in input_ports(manifest):
-        if port.name in leaves:
-            inputs[port.name] = _random_leaf(leaves[port.name], rows, random)
-        elif port.name in masked:
-            inputs[port.name] = _random_mask(masked[port.name], rows, random)
-        else:
-            inputs[port.name] = random.gumbel(size=(rows, *port.shape)).astype(np.float32)
-    return inputs
-
-
-def _random_leaf(leaf: LeafSpec, rows: int, random: np.random.Generator) -> NDArray[Any]:
-    low, high = leaf.bounds()
-    shape = (rows, *leaf.shape)
-    if leaf.numpy_dtype.kind == "f":
-        return np.clip(random.normal(size=shape), low, high).astype(leaf.dtype)
-    limited = [np.clip(bound.astype(np.float64), -1000, 1000).astype(np.int64) for bound in (low, high)]
-    return random.integers(limited[0], limited[1] + 1, shape).astype(leaf.dtype)
-
-
-def _random_mask(leaf: LeafSpec, rows: int, random: np.random.Generator) -> NDArray[np.bool_]:
-    groups = (2,) * leaf.size if leaf.kind == "multi_binary" else leaf.nvec
-    parts = []
-    for count in groups:
-        part = random.random((rows, count)) < 0.6
-        part[np.arange(rows), random.integers(0, count, rows)] = True
-        parts.append(part)
-    mask = np.concatenate(parts, axis=1)
-    return mask.reshape(rows, *(leaf.mask_shape or ()))
-
-
 def _golden_vectors(manifest: PolicyManifest, graph: bytes, weights: bytes, seed: int) -> bytes:
     """Golden vectors: the first half of the rows greedy, the rest sampled."""
     inputs = random_inputs(manifest, GOLDEN_ROWS, seed)
     for noise in manifest.noise:
         inputs[noise.name][: GOLDEN_ROWS // 2] = 0
-    outputs = run_unchecked(assemble(graph, weights), inputs)
-    vectors = {f"in/{name}": array for name, array in inputs.items()}
-    vectors |= {f"out/{name}": np.ascontiguousarray(array) for name, array in outputs.items()}
-    return bytes(save_safetensors(vectors))
+    return encode_golden(inputs, run_unchecked(assemble(graph, weights), inputs))
 
 
 class _GraphBuilder:
