@@ -6,6 +6,7 @@ are RFC 9457 problem details with the `code` of `relayrl_shared.errors`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any
@@ -84,7 +85,10 @@ def install_error_handlers(app: FastAPI) -> None:
         status = next(
             (STATUS[cls] for cls in type(error).__mro__ if cls in STATUS), HTTPStatus.INTERNAL_SERVER_ERROR
         )
-        return problem(status, str(error), code=error.code, retryable=error.retryable)
+        response = problem(status, str(error), code=error.code, retryable=error.retryable)
+        if isinstance(error, errors.Overloaded):
+            response.headers["retry-after"] = str(math.ceil(error.retry_after_seconds))
+        return response
 
     @app.exception_handler(HTTPException)
     def http_error(request: Request, error: HTTPException) -> Response:

@@ -96,6 +96,11 @@ class HttpServer:
         """Where it is reached, such as `http://127.0.0.1:8084`."""
         return f"http://{self.host}:{self.port}"
 
+    @property
+    def open_requests(self) -> int:
+        """How many requests are being answered now."""
+        return 0 if self._server is None else len(self._server.server_state.tasks)
+
     def close(self, timeout_seconds: float = CLOSE_SECONDS) -> None:
         """Stops serving; open requests get until the deadline. Closing twice is fine."""
         if self._server is None or self._thread is None:

@@ -122,7 +122,7 @@ def _add_trace_id(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMa
 def _as_record(_: Any, __: str, event: MutableMapping[str, Any]) -> tuple[tuple[str], dict[str, Any]]:
     """The last processor: text for handlers that we did not make, the fields for our own formatters."""
     fields = {key: value for key, value in event.items() if key not in {"event", "stack_info"}}
-    text = _with_fields(str(event["event"]), fields).replace("%", "%%")
+    text = _with_fields(str(event["event"]), fields)
     return (text,), {"extra": {_FIELDS: dict(event)}}
 
 

@@ -22,7 +22,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import msgspec
@@ -42,8 +42,8 @@ NO_OVERRIDES: Mapping[str, str] = MappingProxyType({})
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of every settings struct; subclasses say `frozen=True, kw_only=True`.
 
-    A rule across fields belongs in `__post_init__` and raises ValueError; it arrives as a ConfigError with the
-    path.
+    A rule across fields belongs in `__post_init__` and raises ValueError, which arrives as a ConfigError with
+    the path.
     """
 
     standard_variables: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -308,7 +308,7 @@ def _parse(text: str, node: inspect.Type) -> Any:
         value = msgspec.json.decode(text)
     except msgspec.DecodeError:
         return _parse_loosely(text, node)
-    return text if isinstance(value, (int, float, bool)) and not _takes_number(node) else value
+    return value if isinstance(value, (str, NoneType)) or not _is_optional_text(node) else text
 
 
 def _parse_loosely(text: str, node: inspect.Type) -> Any:
@@ -339,12 +339,9 @@ def _is_text(node: inspect.Type) -> bool:
     )
 
 
-def _takes_number(node: inspect.Type) -> bool:
-    """False where a number can only be meant as text, as `5` for `str | None`."""
-    return not any(isinstance(member, inspect.StrType) for member in _members(node)) or any(
-        isinstance(member, (inspect.IntType, inspect.FloatType, inspect.BoolType))
-        for member in _members(node)
-    )
+def _is_optional_text(node: inspect.Type) -> bool:
+    """Whether anything but `null` and a quoted string can only be meant as text, as `5` for `str | None`."""
+    return all(isinstance(member, (inspect.StrType, inspect.NoneType)) for member in _members(node))
 
 
 def _fields(node: inspect.Type) -> dict[str, inspect.Type]:

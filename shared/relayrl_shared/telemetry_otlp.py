@@ -5,6 +5,7 @@ Sampling, batching and headers follow the standard `OTEL_*` variables, which the
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from contextvars import Token
 from types import TracebackType
@@ -28,9 +29,10 @@ class OtlpBackend:
     """A tracer provider that sends batches of spans to one OTLP gRPC endpoint."""
 
     def __init__(self, service: str, endpoint: str) -> None:
-        self._provider = TracerProvider(resource=Resource.create({SERVICE_NAME: service}))
-        exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https://"))
-        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        resource = Resource.create({SERVICE_NAME: service})
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https://"))
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
 
     def span(
         self,
@@ -60,9 +62,11 @@ class OtlpBackend:
         return _RemoteContext(_context(traceparent))
 
     def close(self, timeout_seconds: float) -> None:
-        """Sends what is left within the deadline."""
-        self._provider.force_flush(int(timeout_seconds * 1000))
-        self._provider.shutdown()
+        """Sends what is left within the deadline; what a dead collector did not take by then is lost."""
+        flush = threading.Thread(target=self._provider.shutdown, name="telemetry-flush", daemon=True)
+        flush.start()
+        flush.join(timeout_seconds)
+        self._exporter.shutdown()
 
 
 def _context(traceparent: str) -> Context:
