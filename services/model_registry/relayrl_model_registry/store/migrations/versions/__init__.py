@@ -1,0 +1,1 @@
+"""One module a migration, numbered; expand first, contract one release later (contracts D5)."""
