@@ -19,11 +19,11 @@ from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from relayrl_shared import errors, logs
+from relayrl_shared import __version__, errors, logs
 from relayrl_shared.settings import LogLevel
 
 PROBLEM = "application/problem+json"
-VERSION = "0.1.0"
+VERSION = __version__
 
 LOG = logs.get_logger(__name__)
 
@@ -35,6 +35,8 @@ STATUS: Mapping[type[errors.RelayRLError], HTTPStatus] = {
     errors.DuplicateTrajectory: HTTPStatus.CONFLICT,
     errors.StaleFencingToken: HTTPStatus.CONFLICT,
     errors.DigestMismatch: HTTPStatus.CONFLICT,
+    errors.RegistryError: HTTPStatus.CONFLICT,
+    errors.StorageFull: HTTPStatus.INSUFFICIENT_STORAGE,
     errors.ContractError: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.ConfigError: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.Overloaded: HTTPStatus.SERVICE_UNAVAILABLE,
