@@ -180,7 +180,14 @@ def unpack_leaves(leaves: tuple[LeafHeader, ...], frame: Buffer) -> dict[str, ND
     if len(frame) != total_bytes:
         raise FrameError(f"the leaves take {total_bytes} bytes, the frame has {len(frame)}")
     view = memoryview(frame).toreadonly()
+    for place in places:
+        if place.dtype.kind == "b" and not _is_bool(view[place.offset : place.offset + place.elements]):
+            raise FrameError(f"leaf {place.name[:64]!r} is bool and has bytes other than 0 and 1")
     return {place.name: np.ndarray(place.shape, place.dtype, view, place.offset) for place in places}
+
+
+def _is_bool(values: memoryview) -> bool:
+    return not bytes(values).strip(b"\0\1")
 
 
 @lru_cache(maxsize=1024)  # peers repeat few layouts, and this is the hot path of the inference server
