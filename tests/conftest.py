@@ -1,13 +1,67 @@
-"""Fixtures that every suite shares. Suites order: unit, contract, integration, e2e, chaos, packaging."""
+"""What every suite shares: the order of the suites with their time budgets, and common fixtures."""
 
 from __future__ import annotations
 
 import logging
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+BUDGET_SECONDS = {
+    "unit": 120,
+    "contract": 120,
+    "integration": 360,
+    "e2e": 360,
+    "chaos": 360,
+    "packaging": 240,
+    "containers": 600,
+}
+"""In the order in which the suites run: what fails soonest comes first."""
+
+_ORDER = list(BUDGET_SECONDS)
+
+
+def _suite(path: Path) -> str:
+    parts = path.parts
+    return next((part for part in parts[parts.index("tests") + 1 :] if part in BUDGET_SECONDS), "unit")
+
+
+class SuiteTimes:
+    """Counts tests and seconds a suite and prints them beside their budgets."""
+
+    def __init__(self) -> None:
+        self._seconds: Counter[str] = Counter()
+        self._tests: Counter[str] = Counter()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Adds set-up, call and tear-down of a test to its suite."""
+        suite = _suite(Path("tests", *Path(report.nodeid.partition("::")[0]).parts))
+        self._seconds[suite] += report.duration  # type: ignore[assignment]  # a Counter of floats
+        self._tests[suite] += report.when == "call"
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """One line a suite."""
+        terminalreporter.section("time by suite")
+        for suite in (name for name in _ORDER if name in self._seconds):
+            over = " OVER BUDGET" if self._seconds[suite] > BUDGET_SECONDS[suite] else ""
+            terminalreporter.write_line(
+                f"{suite:<12} {self._tests[suite]:>5} tests {self._seconds[suite]:>7.1f} s "
+                f"(budget {BUDGET_SECONDS[suite]} s){over}"
+            )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the clock of the suites."""
+    config.pluginmanager.register(SuiteTimes(), "suite-times")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Runs the suites in order; inside a suite the order stays random."""
+    items.sort(key=lambda item: _ORDER.index(_suite(item.path)))
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +94,3 @@ def stack_directory(tmp_path: Path) -> Path:
     directory = tmp_path / "stack"
     directory.mkdir()
     return directory
-
-
-@pytest.fixture(scope="session")
-def postgres_url() -> Iterator[str]:
-    """URL of an empty database on a real Postgres; skips loudly where none can be started."""
-    testing = pytest.importorskip("relayrl_shared.testing.postgres", reason="no Postgres helper")
-    with testing.temporary_postgres() as url:
-        yield url
