@@ -1,9 +1,10 @@
 """Returns and advantages as pure functions over time-major arrays; the algorithms drive them.
 
-Arrays are numpy, [T, B]: T steps, B chains. A chain is an unbroken run of steps of one episode, from the first
-to the last one in the batch; shorter chains are padded at their end, and `mask` is True where there is a step.
-A chain ends by termination (its `bootstrap_value` is 0) or by truncation or a cut (it is the value of the final
-observation). Sums run in float64, results are float32 and 0 where there is no step.
+Arrays are numpy, [T, B]: T steps, B chains. A chain is an unbroken run of steps of one episode, from the
+first to the last one in the batch; shorter chains are padded at their end, and `mask` is True where
+there is a step. A chain ends by termination (its `bootstrap_value` is 0) or by truncation or a cut (it
+is the value of the final observation). Sums run in float64, results are float32 and 0 where there is no
+step.
 """
 
 from __future__ import annotations
@@ -95,9 +96,10 @@ def vtrace(
 ) -> VTraceReturns:
     """V-trace targets (Espeholt et al., 2018, https://arxiv.org/abs/1802.01561, eq. 1 and remark 2).
 
-    v_t = V(s_t) + Σ_k γ^k (Π_{i<k} c_{t+i}) ρ_{t+k} δ_{t+k} with ρ = min(ρ̄, w), c = λ min(c̄, w) and the
-    importance ratio w = exp(log_rhos). The advantage is r_t + γ (λ v_{t+1} + (1 − λ) V(s_{t+1})) − V(s_t), without
-    ρ_t: the surrogate that takes it multiplies by its own ratio. Where w = 1 both equal GAE(λ).
+    v_t = V(s_t) + Σ_k γ^k (Π_{i<k} c_{t+i}) ρ_{t+k} δ_{t+k} with ρ = min(ρ̄, w), c = λ min(c̄, w) and
+    the importance ratio w = exp(log_rhos). The advantage is r_t + γ (λ v_{t+1} + (1 − λ) V(s_{t+1})) −
+    V(s_t), without ρ_t: the surrogate that takes it multiplies by its own ratio. Where w = 1 both equal
+    GAE(λ).
 
     Args:
         log_rhos: floats [T, B], target_log_prob − behaviour_log_prob.

@@ -59,9 +59,8 @@ def slow_gae(c: Chains, b: int, t: int, gamma: float, lam: float) -> float:
 def slow_return(c: Chains, b: int, t: int, gamma: float) -> float:
     """The sum of discounted rewards, then the bootstrap value."""
     n = c.lengths[b]
-    return (
-        sum(gamma ** (k - t) * c.rewards[k, b] for k in range(t, n)) + gamma ** (n - t) * c.bootstrap_value[b]
-    )
+    rewards = sum(gamma ** (k - t) * c.rewards[k, b] for k in range(t, n))
+    return float(rewards + gamma ** (n - t) * c.bootstrap_value[b])
 
 
 def slow_vtrace(c: Chains, b: int, t: int, gamma: float, lam: float) -> float:

@@ -16,7 +16,7 @@ import msgspec
 from relayrl_shared.errors import ConfigError
 
 Schedule = Literal["constant", "linear"]
-Activation = Literal["tanh", "relu", "elu", "silu", "gelu"]
+Activation = Literal["tanh", "relu"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,72 @@
+"""Builds a run's policy module and algorithm from its specs and hyperparameters; the learner drives it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from relayrl_shared.spaces import ActionSpec, ObservationSpec
+from relayrl_training_server.algorithms.base import Algorithm
+from relayrl_training_server.algorithms.configs import (
+    AlgorithmConfig,
+    PPOConfig,
+    REINFORCEConfig,
+    build_config,
+)
+from relayrl_training_server.algorithms.ppo import PPO
+from relayrl_training_server.algorithms.reinforce import REINFORCE
+from relayrl_training_server.networks import NetworkSettings
+from relayrl_training_server.policy_module import PolicyModule
+
+
+def build_algorithm(
+    algorithm: str,
+    hyperparameters: Mapping[str, Any],
+    observation_spec: ObservationSpec,
+    action_spec: ActionSpec,
+    *,
+    masked_leaves: tuple[str, ...] = (),
+    allow_nan: bool = False,
+    seed: int = 1,
+    max_policy_lag: int = 0,
+) -> Algorithm[Any]:
+    """A fresh algorithm with its policy module; equal arguments give equal weights.
+
+    Raises:
+        ConfigError: hyperparameters that are unknown, out of range or do not fit the specs.
+    """
+    config = build_config(algorithm, hyperparameters)
+    module = PolicyModule(
+        observation_spec,
+        action_spec,
+        masked_leaves,
+        _network(config),
+        value_network=_has_values(config),
+        allow_nan=allow_nan,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    if isinstance(config, PPOConfig):
+        return PPO(config, module, seed, max_policy_lag)
+    assert isinstance(config, REINFORCEConfig)
+    return REINFORCE(config, module, seed, max_policy_lag)
+
+
+def use_deterministic_torch() -> None:
+    """One thread and deterministic kernels for the whole process (contracts F2)."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+
+
+def _network(config: AlgorithmConfig) -> NetworkSettings:
+    return NetworkSettings(
+        hidden_sizes=config.hidden_sizes,
+        activation=config.activation,
+        squash="tanh" if config.squash else "clip",
+        initial_log_std=config.log_std_init,
+    )
+
+
+def _has_values(config: AlgorithmConfig) -> bool:
+    return not isinstance(config, REINFORCEConfig) or config.with_vf_baseline
