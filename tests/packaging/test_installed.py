@@ -103,7 +103,7 @@ print(*names, package.__name__, *(name for name in ("torch", "pyarrow") if impor
 
 @pytest.fixture(scope="module")
 def everything(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The bin directory of an environment with all six wheels, this one's third-party packages behind them."""
+    """The bin directory of an environment with all six wheels, with third-party packages behind them."""
     directory = tmp_path_factory.mktemp("everything")
     python = bare_environment(directory)
     run(*PIP, "--python", python, "install", "--no-deps", *wheels.glob("*.whl"))
