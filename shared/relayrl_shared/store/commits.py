@@ -53,7 +53,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to commit. `lock_runs_first` makes the judgement final within a run, for the try after a conflict."""
+    """How to commit. `lock_runs_first`: for the try after a conflict, the judgement is final within a run."""
 
     write_bodies: WriteBodies
     limits: QuarantineLimits
@@ -199,7 +199,7 @@ def _append_log(
 
 
 def advance(connection: Connection, run_id: str, added: Sequence[TrajectoryMetadata]) -> int:
-    """Counts the trajectories in the run's counter row, which stays locked; returns the first new position."""
+    """Counts the trajectories in the run's counter row, which stays locked; returns the first position."""
     counters = tables.run_counters
     row = {
         "last_position": len(added),

@@ -1,7 +1,7 @@
-"""What the statements of this package need of a database, whichever it is; `sqlite` and `postgres` provide it.
+"""What the statements of this package need of a database; `sqlite` and `postgres` provide it.
 
-The modules `runs`, `commits`, `quarantine`, `learner_rows`, … are functions over an open SQLAlchemy connection
-inside a transaction; `sql_store` opens the transactions.
+The modules `runs`, `commits`, `quarantine`, `learner_rows`, … are functions over an open SQLAlchemy
+connection inside a transaction; `sql_store` opens the transactions.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Database(Protocol):
         """Inserts many rows in the fastest way there is; every row has the same keys."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Gives back all connections."""
+        ...
 
 
 def insert(connection: Connection, table: Table) -> AnyInsert:

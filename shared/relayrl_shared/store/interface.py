@@ -1,4 +1,4 @@
-"""What a trajectory store must do. `sqlite` and `postgres` implement it; ingest, learner and supervisor use it.
+"""What a trajectory store must do. `sqlite` and `postgres` do it; ingest, learner and supervisor use it.
 
 Methods are synchronous and may block on the database: callers run them in a thread of their own. Everything
 raises `StoreUnavailable` where the database cannot be reached, and that call had no effect.
@@ -39,7 +39,7 @@ class Run(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class StoredActor(msgspec.Struct, kw_only=True, frozen=True):
-    """An actor of a run. `left_at` is set by actor_change, goodbye, a newer hello of the client, or silence."""
+    """An actor of a run. `left_at`: of its actor_change, goodbye, its client's newer hello, or silence."""
 
     info: ActorInfo
     client_id: str
@@ -92,7 +92,10 @@ class CommitResult(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Use(msgspec.Struct, kw_only=True, frozen=True):
-    """What an update did with a trajectory. The key is (run_id, lineage_id, learner_update, trajectory_id)."""
+    """What an update did with a trajectory.
+
+    The key is (run_id, lineage_id, policy, learner_update, trajectory_id).
+    """
 
     trajectory_id: str
     position: int
@@ -124,15 +127,26 @@ class TrajectoryStore(Protocol):
         """Stores the run, or returns the one that has this name already."""
         ...
 
-    def run_by_name(self, name: str) -> Run | None: ...
-    def run_by_id(self, run_id: str) -> Run | None: ...
-    def runs(self) -> list[Run]: ...
-    def set_run_state(self, run_id: str, state: RunState, reason: str = "") -> None: ...
+    def run_by_name(self, name: str) -> Run | None:
+        """The run of that name."""
+        ...
+
+    def run_by_id(self, run_id: str) -> Run | None:
+        """The run of that id."""
+        ...
+
+    def runs(self) -> list[Run]:
+        """All runs, oldest first."""
+        ...
+
+    def set_run_state(self, run_id: str, state: RunState, reason: str = "") -> None:
+        """Notes the state of a run and why."""
+        ...
 
     def join_client(
         self, run_id: str, client_id: str, actors: Sequence[ActorInfo], first_rollout_index: int
     ) -> int:
-        """Registers the client's actors in place of those it had; returns its client_index (kept for ever)."""
+        """Registers the client's actors in place of those it had; returns its client_index, kept for ever."""
         ...
 
     def change_actors(
@@ -142,22 +156,34 @@ class TrajectoryStore(Protocol):
         added: Sequence[ActorInfo],
         removed: Sequence[str],
         first_rollout_index: int,
-    ) -> None: ...
-
-    def touch_client(self, run_id: str, client_id: str, spools: Sequence[SpoolReport]) -> bool:
-        """Notes the heartbeat and the spool reports; False if the client is not known."""
+    ) -> None:
+        """Notes actors that joined the client and that left it."""
         ...
 
-    def leave_client(self, run_id: str, client_id: str) -> None: ...
+    def touch_client(self, run_id: str, client_id: str, spools: Sequence[SpoolReport]) -> bool:
+        """Notes the heartbeat and the spool reports; False if the client is not known or has left."""
+        ...
+
+    def leave_client(self, run_id: str, client_id: str) -> None:
+        """Marks the client and its actors as left."""
+        ...
+
     def expire_clients(self, silent_seconds: float) -> list[str]:
         """Marks actors of clients silent for so long as left; returns the client ids."""
         ...
 
-    def live_actors(self, run_id: str) -> list[StoredActor]: ...
+    def live_actors(self, run_id: str) -> list[StoredActor]:
+        """The actors of the run that have not left, by (client_index, actor_index)."""
+        ...
 
     # -- schemas
-    def put_schema(self, digest: str, schema: bytes) -> None: ...
-    def schema(self, digest: str) -> bytes | None: ...
+    def put_schema(self, digest: str, schema: bytes) -> None:
+        """Keeps the bytes behind a schema digest."""
+        ...
+
+    def schema(self, digest: str) -> bytes | None:
+        """The bytes behind a schema digest."""
+        ...
 
     # -- trajectories (written by ingest)
     def commit(self, batch: Sequence[IncomingTrajectory]) -> list[CommitResult]:
@@ -168,17 +194,22 @@ class TrajectoryStore(Protocol):
         """Durable. Advances the dedupe state for rows that name a spool and sequence."""
         ...
 
-    def quarantined(self, run_id: str | None = None, limit: int = 100) -> list[Quarantined]: ...
+    def quarantined(self, run_id: str | None = None, limit: int = 100) -> list[Quarantined]:
+        """Rows of quarantine, newest first; of all runs and of none where run_id is None."""
+        ...
 
     def read(
         self, run_id: str, after_position: int, limit: int, max_bytes: int = 64 << 20
     ) -> list[StoredTrajectory]:
-        """Trajectories with position > after_position, in order. Never misses a later commit (contracts D2)."""
+        """Trajectories with position > after_position, in order; misses no later commit (contracts D2)."""
         ...
 
     def find(
         self, run_id: str, *, actor_id: str | None = None, episode_id: str | None = None, limit: int = 100
-    ) -> list[TrajectoryMetadata]: ...
+    ) -> list[TrajectoryMetadata]:
+        """Metadata of the run's trajectories that match, in order of position."""
+        ...
+
     def counts(self, run_id: str) -> dict[str, int]:
         """`trajectories`, `steps`, `episodes` (ended), `quarantined`, `last_position`."""
         ...
@@ -189,11 +220,17 @@ class TrajectoryStore(Protocol):
 
     # -- learner (written by the learner of the run)
     def acquire_lease(self, run_id: str, holder: str, ttl_seconds: float) -> int:
-        """A fencing token greater than all before; `LeaseLost` while another live holder has it (contracts G2)."""
+        """A fencing token above all before; `LeaseLost` while another live holder has it (contracts G2)."""
         ...
 
-    def renew_lease(self, run_id: str, token: int, ttl_seconds: float) -> None: ...
-    def release_lease(self, run_id: str, token: int) -> None: ...
+    def renew_lease(self, run_id: str, token: int, ttl_seconds: float) -> None:
+        """Moves the end of the lease; `LeaseLost` if it was given up or taken over."""
+        ...
+
+    def release_lease(self, run_id: str, token: int) -> None:
+        """Ends the lease, its token stays spent; `LeaseLost` if it was given up or taken over."""
+        ...
+
     def record_update(
         self,
         run_id: str,
@@ -225,7 +262,18 @@ class TrajectoryStore(Protocol):
         """Steps granted now out of demand - stored - outstanding; expired grants return to the pool."""
         ...
 
-    def audit(self, run_id: str) -> Audit: ...
-    def trajectory_ids(self, run_id: str) -> Iterator[str]: ...
-    def ping(self) -> None: ...
-    def close(self) -> None: ...
+    def audit(self, run_id: str) -> Audit:
+        """What became of all that was accepted, and what the learner did with it."""
+        ...
+
+    def trajectory_ids(self, run_id: str) -> Iterator[str]:
+        """The ids of the run's stored trajectories, in order of position."""
+        ...
+
+    def ping(self) -> None:
+        """Raises `StoreUnavailable` where the database does not answer."""
+        ...
+
+    def close(self) -> None:
+        """Gives back connections and locks; waits end."""
+        ...

@@ -1,4 +1,4 @@
-"""Rows that the learner of a run writes: its lease, its demand, its updates and uses (contracts E2, G1, G2)."""
+"""Rows that the learner of a run writes: lease, demand, updates and uses (contracts E2, G1, G2)."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def record_update(database: Database, connection: Connection, row: Row, uses: Se
     ordinal = _next_ordinal(connection, row["run_id"])
     new = {**row, "ordinal": ordinal, "recorded_at": database.now(connection)}
     statement = insert(connection, _updates).values(new).on_conflict_do_nothing(index_elements=list(key))
-    if connection.execute(statement).rowcount == 0:
+    if connection.execute(statement.returning(_updates.c.ordinal)).first() is None:
         _repeat(connection, key, row["policy_version"], uses)
     elif uses:
         database.insert_rows(connection, _uses, [_use_row(key, use) for use in _distinct(uses)])

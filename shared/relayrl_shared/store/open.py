@@ -47,5 +47,10 @@ def open_store(
         deadline = 5.0 if deadline_seconds is None else deadline_seconds
         return SqliteStore(directory, writer_of=writer_of, limits=limits, deadline_seconds=deadline)
     if url.startswith(("postgresql://", "postgres://")):
-        raise ConfigError("postgres is not there yet")
+        from relayrl_shared.store.postgres import PostgresStore
+
+        deadline = 30.0 if deadline_seconds is None else deadline_seconds
+        return PostgresStore(
+            url, writer_of=writer_of, limits=limits, deadline_seconds=deadline, allow_unsafe=allow_unsafe
+        )
     raise ConfigError(f"store URL {url!r}: use sqlite:///DIR or postgresql://USER@HOST/DATABASE")

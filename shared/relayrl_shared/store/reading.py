@@ -18,7 +18,7 @@ _log, _bodies = tables.trajectory_log, tables.trajectories
 def read(
     connection: Connection, run_id: str, after_position: int, limit: int, max_bytes: int
 ) -> list[StoredTrajectory]:
-    """Trajectories after the position, in order: at most `limit`, and no more bytes than that beyond the first."""
+    """Trajectories after the position, in order: at most `limit`, and after the first within the bytes."""
     last = _last_within(connection, run_id, after_position, limit, max_bytes)
     if last is None:
         return []

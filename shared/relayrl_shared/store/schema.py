@@ -26,6 +26,7 @@ class Group:
 
 TRAJECTORIES = Group("trajectories", tables.TRAJECTORY_TABLES, tables.trajectory_schema)
 LEARNER = Group("learner", tables.LEARNER_TABLES, tables.learner_schema)
+GROUPS = (TRAJECTORIES, LEARNER)
 
 
 def database_schema(connection: Connection, group: Group) -> int:
@@ -41,9 +42,9 @@ def database_schema(connection: Connection, group: Group) -> int:
     if row is None:
         return 0
     if row["minimum_code_schema"] > tables.CODE_SCHEMA:
-        needed = row["minimum_code_schema"]
+        needed, ours = row["minimum_code_schema"], tables.CODE_SCHEMA
         raise SchemaVersionError(
-            f"the {group.name} tables need code of schema {needed} or newer and this is {tables.CODE_SCHEMA}: "
+            f"the {group.name} tables need code of schema {needed} or newer and this is {ours}: "
             "install the release that migrated them"
         )
     return int(row["schema"])

@@ -18,13 +18,16 @@ from relayrl_shared.store.sequences import SequenceSet
 Key = tuple[str, str]  # (run_id, spool_id)
 
 
+_NOTHING = SequenceSet()
+
+
 @dataclass(frozen=True, slots=True)
 class Spool:
     """The row of one spool of one run. The counters count sequences."""
 
     run_id: str
     spool_id: str
-    known: SequenceSet = SequenceSet()
+    known: SequenceSet = _NOTHING
     highest_seen: int = 0
     quarantined: int = 0
     dropped: int = 0

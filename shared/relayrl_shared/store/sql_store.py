@@ -177,7 +177,7 @@ class SqlStore(ABC):
     # -- trajectories
 
     def commit(self, batch: Sequence[IncomingTrajectory]) -> list[CommitResult]:
-        """See `TrajectoryStore.commit`. Where it raises, the same batch may be sent again: nothing doubles."""
+        """See `TrajectoryStore.commit`. Where it raises, send the same batch again: nothing doubles."""
         self._check_writer("ingest")
         return self._commit(batch) if batch else []
 
