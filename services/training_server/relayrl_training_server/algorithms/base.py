@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from relayrl_shared.errors import RelayRLError
+from relayrl_training_server.adam import FlatAdam
 from relayrl_training_server.algorithms.configs import AlgorithmConfig, Schedule
 from relayrl_training_server.batches import Batch, Leaves
 from relayrl_training_server.normalise import RunningStatistics, forward_returns
@@ -99,9 +100,9 @@ class Algorithm(ABC, Generic[C]):
         self.updates = 0
         self.steps_learned = 0
         self.generator = torch.Generator().manual_seed(seed)
-        self.value_parameters = [] if module.vf is None else list(module.vf.parameters())
-        self.policy_parameters = [*module.pi.parameters(), *module.heads.parameters()]
-        self.optimizer = torch.optim.Adam(self._groups(), eps=config.adam_eps, fused=True)
+        policy_parameters = [*module.pi.parameters(), *module.heads.parameters()]
+        self.policy_adam = FlatAdam(policy_parameters, config.adam_eps)
+        self.value_adam = FlatAdam([] if module.vf is None else list(module.vf.parameters()), config.adam_eps)
         shapes = {leaf.name: leaf.shape for leaf in module.observation_spec.leaves}
         self.observation_statistics = {
             name: RunningStatistics(shapes[name]) for name in module.normalised_leaves
@@ -128,7 +129,6 @@ class Algorithm(ABC, Generic[C]):
         """
         before = self.state()
         try:
-            self._set_learning_rates()
             worth = self.advantages(batch)
             self._scale_values(1.0 / self.value_scale)
             metrics = self.learn(self._rows(batch, worth), batch)
@@ -144,8 +144,8 @@ class Algorithm(ABC, Generic[C]):
     def state(self) -> AlgorithmState:
         """A copy of everything that `restore` needs."""
         tensors = {f"module/{name}": tensor.clone() for name, tensor in self.module.state_dict().items()}
-        for index, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{slot}": value.clone() for slot, value in slots.items()}
+        for name, adam in self._adams().items():
+            tensors |= {f"{name}/{slot}": value for slot, value in adam.state().items()}
         tensors["generator"] = self.generator.get_state()
         for name, statistics in self._statistics().items():
             tensors |= {f"{name}/{key}": torch.from_numpy(v.copy()) for key, v in statistics.state().items()}
@@ -154,7 +154,8 @@ class Algorithm(ABC, Generic[C]):
     def restore(self, state: AlgorithmState) -> None:
         """Goes back to what `state` gave."""
         self.module.load_state_dict(_below("module", state.tensors))
-        self._restore_optimizer(_below("optimizer", state.tensors))
+        for name, adam in self._adams().items():
+            adam.restore(_below(name, state.tensors))
         self.generator.set_state(state.tensors["generator"])
         for name, statistics in self._statistics().items():
             statistics.restore({key: v.numpy() for key, v in _below(name, state.tensors).items()})
@@ -191,19 +192,27 @@ class Algorithm(ABC, Generic[C]):
                 finals = self.module.value(to_tensors(batch.final_observation)).numpy()
         return batch.to_chains(values), batch.bootstrap(finals)
 
-    def step(self, loss: Tensor, parameters: Sequence[Tensor]) -> float:
-        """One gradient step on these parameters; returns the norm of the gradient before clipping.
+    def step(self, policy_loss: Tensor | None, value_loss: Tensor | None) -> float:
+        """One gradient step on one loss or on both; returns the norm of the gradient before clipping.
+
+        The two networks share no parameters, so that each loss reaches its own alone; the norm is of both.
 
         Raises:
-            NonFiniteUpdate: the loss or the gradient is not finite; no step was taken.
+            NonFiniteUpdate: the gradient is not finite; no step was taken.
         """
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        taking = [
+            (self.policy_adam, policy_loss, self.config.pi_lr),
+            (self.value_adam, value_loss, self.config.vf_lr),
+        ]
+        gradients = [(adam, adam.gradient(loss), rate) for adam, loss, rate in taking if loss is not None]
+        norm = math.hypot(*(float(torch.linalg.vector_norm(gradient)) for _, gradient, _ in gradients))
+        if not math.isfinite(norm):
+            raise NonFiniteUpdate(f"update {self.updates + 1}: the norm of the gradient is {norm}")
         limit = self.config.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf, foreach=True))
-        if not (math.isfinite(norm) and math.isfinite(float(loss))):
-            raise NonFiniteUpdate(f"update {self.updates + 1}: loss {float(loss)}, gradient norm {norm}")
-        self.optimizer.step()
+        for adam, gradient, rate in gradients:
+            if limit is not None and norm > limit:
+                gradient.mul_(limit / (norm + 1e-6))
+            adam.step(gradient, self.scheduled(rate, self.config.lr_schedule))
         return norm
 
     def _rows(self, batch: Batch, worth: Advantages) -> Rows:
@@ -222,17 +231,6 @@ class Algorithm(ABC, Generic[C]):
     def weight(self, batch: Batch) -> NDArray[np.float32]:
         """Which rows count in the policy loss, float32 [N] of 0 and 1."""
         return batch.from_policy
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """Adam's parameter groups: the policy, and the value network where there is one."""
-        groups: list[dict[str, Any]] = [{"params": self.policy_parameters, "lr": self.config.pi_lr}]
-        if self.value_parameters:
-            groups.append({"params": self.value_parameters, "lr": self.config.vf_lr})
-        return groups
-
-    def _set_learning_rates(self) -> None:
-        for group, at_first in zip(self.optimizer.param_groups, self._groups(), strict=True):
-            group["lr"] = self.scheduled(at_first["lr"], self.config.lr_schedule)
 
     def _absorb(self, batch: Batch) -> None:
         """Takes the batch into the running statistics and ships them with the module."""
@@ -262,13 +260,8 @@ class Algorithm(ABC, Generic[C]):
         named = {f"normaliser/{name}": s for name, s in self.observation_statistics.items()}
         return {**named, "returns": self.return_statistics}
 
-    def _restore_optimizer(self, tensors: Tensors) -> None:
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            index, slot = name.split("/")
-            state.setdefault(int(index), {})[slot] = tensor.clone()
-        plain = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({"state": state, "param_groups": plain["param_groups"]})
+    def _adams(self) -> dict[str, FlatAdam]:
+        return {"policy_adam": self.policy_adam, "value_adam": self.value_adam}
 
     def _describe(self, batch: Batch, worth: Advantages) -> Metrics:
         return {
@@ -278,7 +271,7 @@ class Algorithm(ABC, Generic[C]):
             "advantage_mean": float(worth.advantage.mean()),
             "advantage_std": float(worth.advantage.std(correction=0)),
             "value_target_mean": float(worth.value_target.mean()),
-            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+            "learning_rate": self.scheduled(self.config.pi_lr, self.config.lr_schedule),
         }
 
 

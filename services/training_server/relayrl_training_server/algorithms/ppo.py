@@ -6,7 +6,8 @@ Values come from the weights that the update starts with, the ratio is against t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,21 +25,50 @@ from relayrl_training_server.losses import (
     explained_variance,
     standardise,
     value_loss,
+    weighted_mean,
 )
 from relayrl_training_server.returns import gae, vtrace
 
 _KL_MARGIN = 1.5  # the original stops at 1.5 x target_kl
 
 
+class _Seen(NamedTuple):
+    """What a minibatch's forward pass gave; metrics are made of the first and the last one only."""
+
+    ratio: Tensor
+    weight: Tensor | None
+    loss: Tensor
+    entropy: Tensor
+    value_error: Tensor | None
+
+    def metrics(self, clip_ratio: float) -> Metrics:
+        """The figures that people look at."""
+        with torch.no_grad():
+            return {
+                "loss_pi": float(self.loss),
+                "loss_v": 0.0 if self.value_error is None else float(self.value_error),
+                "kl": float(approximate_kl(self.ratio, self.weight)),
+                "clip_fraction": float(clip_fraction(self.ratio, clip_ratio, self.weight)),
+                "ratio_deviation": _largest_deviation(self.ratio, self.weight),
+                "entropy": float(weighted_mean(self.entropy, self.weight)),
+            }
+
+
 @dataclass
 class _Course:
-    """How an update goes: whether the policy still learns, and what was measured."""
+    """How an update goes: whether the policy still learns, and what its minibatches gave."""
 
+    clip_ratio: float
     policy_learns: bool = True
     policy_epochs: int = 0
     first: Metrics = field(default_factory=dict)
-    last: Metrics = field(default_factory=dict)
+    last: _Seen | None = None
     grad_norm: float = 0.0
+
+    def note(self, seen: _Seen) -> None:
+        """Keeps the minibatch as the last one, and the figures of the first."""
+        self.first = self.first or seen.metrics(self.clip_ratio)
+        self.last = seen
 
 
 class PPO(Algorithm[PPOConfig]):
@@ -66,8 +96,9 @@ class PPO(Algorithm[PPOConfig]):
 
     def learn(self, rows: Rows, batch: Batch) -> Metrics:
         """Epochs over the batch; the policy's part may end early by `target_kl`."""
-        course = _Course()
+        course = _Course(clip_ratio=self.scheduled(self.config.clip_ratio, self.config.clip_schedule))
         explained = explained_variance(self._values_of(rows), rows.value_target)
+        whole = self._standardised(rows)
         for epoch in range(max(self.config.train_pi_iters, self.config.train_vf_iters)):
             course.policy_learns &= epoch < self.config.train_pi_iters
             with_value = epoch < self.config.train_vf_iters
@@ -75,56 +106,55 @@ class PPO(Algorithm[PPOConfig]):
                 break
             course.policy_epochs += course.policy_learns
             for index in self.minibatches(batch.steps, self.config.minibatch):
-                self._minibatch(rows.take(index), course, with_value)
+                minibatch = whole if index is None else self._standardised(rows.take(index))
+                self._minibatch(minibatch, course, with_value)
         return {
-            **course.last,
+            **({} if course.last is None else course.last.metrics(course.clip_ratio)),
             **{f"first_{name}": value for name, value in course.first.items()},
             "policy_epochs": float(course.policy_epochs),
             "grad_norm": course.grad_norm,
             "explained_variance": float(explained),
         }
 
+    def _standardised(self, rows: Rows) -> Rows:
+        """The minibatch with its advantages standardised, where that is how they are normalised."""
+        if self.config.normalize_advantage != "minibatch":
+            return rows
+        return replace(rows, advantage=standardise(rows.advantage, rows.weight))
+
     def _minibatch(self, rows: Rows, course: _Course, with_value: bool) -> None:
-        """One gradient step on the policy loss, the value loss, or their sum."""
-        if not course.policy_learns:
-            if with_value:
-                self._value_step(rows)
-            return
-        seen = self.module.evaluate(rows.observation, rows.action_mask, rows.action, rows.policy_action)
-        surrogate, measured = self._policy_loss(rows, seen.log_prob, seen.entropy)
-        course.first = course.first or measured
-        if self.config.target_kl is not None and measured["kl"] > _KL_MARGIN * self.config.target_kl:
-            course.policy_learns = False
-            self._minibatch(rows, course, with_value)
-            return
-        loss, parameters = surrogate, self.policy_parameters
+        """One gradient step on the policy loss, the value loss, or both."""
+        if course.policy_learns:
+            policy_loss, seen = self._forward(rows, course.clip_ratio, with_value)
+            course.policy_learns = not self._went_too_far(seen)
+            if course.policy_learns:
+                course.note(seen)
+                course.grad_norm = self.step(policy_loss, self._weighted(seen.value_error))
+                return
         if with_value:
-            error = value_loss(seen.value, rows.value_target)
-            measured["loss_v"] = float(error)
-            loss, parameters = loss + self.config.vf_coef * error, parameters + self.value_parameters
-        course.grad_norm = self.step(loss, parameters)
-        course.last = {**course.last, **measured}
+            error = value_loss(self.module.value(rows.observation), rows.value_target)
+            self.step(None, self._weighted(error))
 
-    def _policy_loss(self, rows: Rows, log_prob: Tensor, entropy: Tensor) -> tuple[Tensor, Metrics]:
-        advantage = rows.advantage
-        if self.config.normalize_advantage == "minibatch":
-            advantage = standardise(advantage, rows.weight)
-        clip = self.scheduled(self.config.clip_ratio, self.config.clip_schedule)
-        surrogate = clipped_surrogate(log_prob, rows.behaviour_log_prob, advantage, clip, rows.weight)
-        uncertainty = entropy_loss(entropy, rows.weight)
-        with torch.no_grad():
-            measured = {
-                "loss_pi": float(surrogate.loss),
-                "kl": float(approximate_kl(surrogate.ratio, rows.weight)),
-                "clip_fraction": float(clip_fraction(surrogate.ratio, clip, rows.weight)),
-                "ratio_deviation": _largest_deviation(surrogate.ratio, rows.weight),
-                "entropy": -float(uncertainty),
-            }
-        return surrogate.loss + self.config.ent_coef * uncertainty, measured
+    def _forward(self, rows: Rows, clip_ratio: float, with_value: bool) -> tuple[Tensor, _Seen]:
+        """The policy loss of a minibatch, and what else its forward pass gave."""
+        seen = self.module.evaluate(rows.observation, rows.action_mask, rows.action, rows.policy_action)
+        loss, ratio = clipped_surrogate(
+            seen.log_prob, rows.behaviour_log_prob, rows.advantage, clip_ratio, rows.weight
+        )
+        total = loss
+        if self.config.ent_coef:
+            total = loss + self.config.ent_coef * entropy_loss(seen.entropy, rows.weight)
+        error = value_loss(seen.value, rows.value_target) if with_value else None
+        return total, _Seen(ratio, rows.weight, loss.detach(), seen.entropy.detach(), error)
 
-    def _value_step(self, rows: Rows) -> None:
-        error = value_loss(self.module.value(rows.observation), rows.value_target)
-        self.step(self.config.vf_coef * error, self.value_parameters)
+    def _went_too_far(self, seen: _Seen) -> bool:
+        """Whether the policy has moved beyond `target_kl` from the one that acted."""
+        if self.config.target_kl is None:
+            return False
+        return float(approximate_kl(seen.ratio, seen.weight)) > _KL_MARGIN * self.config.target_kl
+
+    def _weighted(self, value_error: Tensor | None) -> Tensor | None:
+        return None if value_error is None else self.config.vf_coef * value_error
 
     def _values_of(self, rows: Rows) -> Tensor:
         with torch.no_grad():

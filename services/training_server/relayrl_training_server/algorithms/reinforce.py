@@ -58,10 +58,10 @@ class REINFORCE(Algorithm[REINFORCEConfig]):
         steps_an_episode = len(rows.advantage) / episodes
         loss = policy_loss + self.config.ent_coef * steps_an_episode * uncertainty
         before = seen.log_prob.detach()
-        norm = self.step(loss, self.policy_parameters)
+        norm = self.step(loss, None)
         return {
-            "loss_pi": float(policy_loss),
-            "entropy": -float(uncertainty),
+            "loss_pi": float(policy_loss.detach()),
+            "entropy": -float(uncertainty.detach()),
             "kl": self._kl_since(rows, before),
             "grad_norm": norm,
         }
@@ -78,5 +78,5 @@ class REINFORCE(Algorithm[REINFORCEConfig]):
         error = torch.zeros(())
         for _ in range(self.config.train_vf_iters):
             error = value_loss(self.module.value(rows.observation), rows.value_target)
-            self.step(error, self.value_parameters)
+            self.step(None, error)
         return {"loss_v": float(error.detach()), "explained_variance": float(explained)}
