@@ -14,9 +14,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
-from onnx import helper
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from safetensors.torch import save as save_safetensors
 
 from relayrl_shared.errors import ArtefactError
@@ -47,6 +49,7 @@ def export_graph(module: PolicyModule) -> bytes:
     """
     model = _export(module)
     _check_initializers(model, module)
+    _fold_constants(model)
     _strip_traces(model)
     _name_ends(model, module)
     _leave_out_weights(model, module)
@@ -112,6 +115,27 @@ def _check_initializers(model: Any, module: PolicyModule) -> None:
             raise ArtefactError(
                 f"the exporter made {name} {dtype} {shape}; the module has {tensor.dtype} {tensor.shape}"
             )
+
+
+def _fold_constants(model: Any) -> None:
+    """Compute what depends on constants alone (shapes, slice ends), so that a swap has less to load.
+
+    Never on the module's tensors: those are initializers, and initializers are not touched (H1).
+    """
+    known: dict[str, Any] = {}
+    kept = []
+    for node in model.graph.node:
+        if node.input and not all(name in known for name in node.input):
+            kept.append(node)
+            continue
+        results = ReferenceEvaluator(node).run(None, {name: known[name] for name in node.input})
+        known.update(zip(node.output, results, strict=True))
+    used = dict.fromkeys(name for node in kept for name in node.input if name in known)
+    used.update(dict.fromkeys(end.name for end in model.graph.output if end.name in known))
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(known[name]), name) for name in used)
 
 
 def _strip_traces(model: Any) -> None:
