@@ -102,7 +102,7 @@ def artefact_directory(root: Path, policy: str, policy_version: int) -> Path:
     """Where a version lies below `root`. Whatever the policy is named, the path does not leave `root`."""
     if not policy:
         raise ArtefactError("a policy needs a name")
-    return root / f"policy-{quote(policy, safe='')}" / f"{int(policy_version):09d}"
+    return root / f"policy-{quote(policy, safe='', errors='surrogatepass')}" / f"{int(policy_version):09d}"
 
 
 def save_artefact(artefact: PolicyArtefact, directory: Path) -> None:
@@ -184,13 +184,16 @@ def _read_plain_file(path: Path, limit: int) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise ArtefactError(f"{path} cannot be read as a file of an artefact: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
+    try:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ArtefactError(f"{path} is not a plain file")
         if status.st_size > limit:
             raise ArtefactError(f"{path} has {status.st_size} bytes; the limit is {limit}")
-        return file.read(limit)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(limit)
+    finally:
+        os.close(descriptor)
 
 
 def pack_artefact(artefact: PolicyArtefact) -> bytes:
