@@ -11,6 +11,7 @@ import queue
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -30,12 +31,16 @@ class StopSignal:
     Use it as a context manager in the main thread; leaving restores the earlier handlers. `stop()` asks for
     the same from any thread, such as an HTTP handler.
 
+    Args:
+        on_force: called before the second signal ends the process, such as to end its children.
+
     Attributes:
         event: set once something asked to stop; hand it to loops that wait.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_force: Callable[[], None] | None = None) -> None:
         self.event = threading.Event()
+        self._on_force = on_force
         self._signals: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._earlier: dict[int, Any] = {}
         self._watcher: threading.Thread | None = None
@@ -76,6 +81,8 @@ class StopSignal:
     def _watch(self) -> None:
         while (number := self._signals.get()) is not None:
             if self.event.is_set():
+                if self._on_force is not None:
+                    self._on_force()
                 os._exit(128 + number)
             self.event.set()
 
