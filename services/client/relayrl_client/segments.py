@@ -16,8 +16,8 @@ from relayrl_shared.trajectory import Columns, FinalObservation, Trajectory, Tra
 class ClosedSegment:
     """A finished segment before delivery gave it a place in a spool.
 
-    metadata: complete but for `spool_id` (""), `sequence` (0) and `body_digest` (""): whoever spools or encodes
-    the segment fills them with `msgspec.structs.replace`. The trajectory_id is final.
+    metadata: complete but for `spool_id` (""), `sequence` (0) and `body_digest` (""): whoever spools or
+    encodes the segment fills them with `msgspec.structs.replace`. The trajectory_id is final.
     columns: the steps, contiguous arrays that nobody writes to any more; may be views of one shared block.
     final_observation: what was seen after the last step; None only where it terminated without one.
     """
@@ -44,3 +44,18 @@ class SegmentSink(Protocol):
 
         May block while the sink is full (back-pressure), and raises a `RelayRLError` where it refuses.
         """
+
+
+class Delivery(SegmentSink, Protocol):
+    """A sink with a life: what stands between the recorder and files, memory and the training server."""
+
+    def flush(self, timeout_seconds: float) -> None:
+        """Return when everything submitted before is accepted: fsynced in the spool, or in its sink.
+
+        Raises:
+            SpoolError: it could not be accepted.
+            PeerTimeout: not within `timeout_seconds`.
+        """
+
+    def close(self, timeout_seconds: float) -> None:
+        """Accept what was submitted, send what can be sent in the time, and release files and threads."""
