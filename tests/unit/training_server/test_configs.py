@@ -84,7 +84,7 @@ def test_reinforce_refuses_rollouts_with_the_remedy() -> None:
         ("gamma", float("nan"), r"\[0, 1\]"),
         ("pi_lr", 0.0, r"\(0, inf\)"),
         ("clip_ratio", 1.0, r"\(0, 1\)"),
-        ("rollout_steps", 0, r"\[1, inf\)"),
+        ("rollout_steps", 1, r"\[2, inf\)"),
         ("minibatch", 0, r"\[1, inf\)"),
         ("seed", -1, r"\[0, "),
         ("target_kl", -0.1, r"\(0, inf\)"),

@@ -52,7 +52,7 @@ _RANGES: dict[str, Range] = {
     "train_pi_iters": AT_LEAST_ONE,
     "train_vf_iters": NOT_NEGATIVE,
     "traj_per_epoch": AT_LEAST_ONE,
-    "rollout_steps": AT_LEAST_ONE,
+    "rollout_steps": Range(2.0, open_high=True),  # 1 could hold nothing but a reset tick
     "min_steps_per_epoch": AT_LEAST_ONE,
     "minibatch": AT_LEAST_ONE,
     "clip_ratio": Range(0.0, 1.0, open_low=True, open_high=True),
