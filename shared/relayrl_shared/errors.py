@@ -15,6 +15,7 @@ RelayRLError
 │   ├── RunMismatch             a run exists with other specs or hyperparameters
 │   └── InvalidTrajectory       a finished trajectory that fails validation
 ├── UnknownActor                an actor id that this client does not have
+├── UnknownRun                  no run of that name or id, and none may be created
 ├── TransportError              the other side could not be reached or did not answer
 │   ├── PeerTimeout             no answer within the deadline
 │   ├── PeerLost                the connection broke while a request was open
@@ -146,6 +147,12 @@ class UnknownActor(RelayRLError):
     """An actor id that this client does not have."""
 
     code = "unknown_actor"
+
+
+class UnknownRun(RelayRLError):
+    """No run of that name or id exists, and none may be created."""
+
+    code = "unknown_run"
 
 
 class TransportError(RelayRLError):

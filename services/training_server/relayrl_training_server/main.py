@@ -1,4 +1,4 @@
-"""`relayrl-training-server supervise | ingest | learn --run R`: parses, then runs one process until told to stop.
+"""`relayrl-training-server supervise | ingest | learn --run R`: parses, then runs one process to its end.
 
 Heavy imports come after parsing, so that --help answers at once and ingest never imports torch.
 """

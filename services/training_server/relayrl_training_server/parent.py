@@ -1,7 +1,7 @@
 """Ends a child process when its supervisor is gone, even killed; `main` drives it for every child.
 
-The supervisor holds the write end of a pipe whose read end each child inherits. The kernel closes the write end
-with the supervisor, whatever ended that, and the child reads the end of the file.
+The supervisor holds the write end of a pipe whose read end each child inherits. The kernel closes the write
+end with the supervisor, whatever ended that, and the child reads the end of the file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The training server's settings, read once by `main` and handed to supervisor, ingest and learner as values.
+"""The training server's settings, read once by `main` and handed to supervisor, ingest and learner.
 
-The tree is that of the original's training_server_config.json where a key still has a meaning. One file serves
-all three kinds of process.
+The tree is that of the original's training_server_config.json where a key still has a meaning. One file
+serves all three kinds of process.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class LimitSettings(Settings, frozen=True, kw_only=True):
 class IngestSettings(Settings, frozen=True, kw_only=True):
     """How ingest serves.
 
-    commit_rows, commit_delay_seconds, commit_bytes: a group commit takes what came within the delay, up to so
-    many rows and bytes. heartbeat_seconds: told to clients. client_timeout_seconds: a client that is silent for
-    so long has left. lease_seconds: how long granted steps stay granted without a heartbeat.
+    commit_rows, commit_delay_seconds, commit_bytes: a group commit takes what came within the delay, up to
+    so many rows and bytes. heartbeat_seconds: told to clients. client_timeout_seconds: a client that is
+    silent for so long has left. lease_seconds: how long granted steps stay granted without a heartbeat.
     retry_after_seconds: told with refusals that may succeed later.
     """
 
