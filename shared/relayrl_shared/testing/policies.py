@@ -255,7 +255,8 @@ class _GraphBuilder:
         clipped = self._op("Max", [self._op("Min", [wide, high]), low])
         integral = leaf.numpy_dtype.kind in "iu"
         self._finish_action(leaf, self._op("Round", [clipped]) if integral else clipped)
-        square = self._op("Mul", [noise, noise])
+        distance = self._op("Div", [self._op("Sub", [sample, scores]), positive])
+        square = self._op("Mul", [distance, distance])
         half = self._op("Mul", [square, self._float(-0.5)])
         scale = self._op("Add", [std, self._float(0.5 * np.log(2 * np.pi))])
         return self._op("Sub", [half, scale])
