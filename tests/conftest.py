@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["relayrl_shared.testing.postgres", "relayrl_shared.testing.store"]
+
 BUDGET_SECONDS = {
     "unit": 120,
     "contract": 120,

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import msgspec
 from sqlalchemy import Connection, and_, select
 
-from relayrl_shared.store import quarantine, spools, tables
+from relayrl_shared.store import quarantine, spools, storable, tables
 from relayrl_shared.store.database import Database, Row, chunks, insert, lock
-from relayrl_shared.store.interface import CommitResult, IncomingTrajectory, Quarantined
+from relayrl_shared.store.interface import CommitResult, IncomingTrajectory
 from relayrl_shared.store.quarantine import QuarantineLimits
 from relayrl_shared.store.spools import Key, Spool
 from relayrl_shared.trajectory import TrajectoryMetadata
@@ -76,8 +76,7 @@ def commit(
     positions = _append_log(database, connection, fresh)
     results = _finish(connection, batch, plan, positions)
     _quarantine_conflicts(connection, batch, results, options.limits, now)
-    for spool in _settled(batch, results, rows):
-        spools.save(connection, spool)
+    spools.save(connection, _settled(batch, results, rows))
     return results
 
 
@@ -268,26 +267,12 @@ def _quarantine_conflicts(
     now: float,
 ) -> None:
     rows = [
-        _conflict_row(item, result, now)
+        storable.as_quarantined(item, "conflict", result.detail)
         for item, result in zip(batch, results, strict=True)
         if result.outcome == "conflict"
     ]
     if rows:
         quarantine.put(connection, rows, limits, now)
-
-
-def _conflict_row(item: IncomingTrajectory, result: CommitResult, now: float) -> Quarantined:
-    return Quarantined(
-        reason="conflict",
-        detail=result.detail,
-        header=msgspec.msgpack.encode(item.metadata),
-        payload=item.body + (item.final_observation or b""),
-        run_id=item.metadata.run_id,
-        spool_id=item.metadata.spool_id,
-        sequence=item.metadata.sequence,
-        trajectory_id=item.metadata.trajectory_id,
-        received_at=now,
-    )
 
 
 def _settled(

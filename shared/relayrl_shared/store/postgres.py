@@ -34,6 +34,7 @@ from sqlalchemy import (
 from relayrl_shared.errors import ConfigError, StoreError, StoreUnavailable
 from relayrl_shared.store import commits, schema, tables
 from relayrl_shared.store.database import Row, lock
+from relayrl_shared.store.gate import Gate
 from relayrl_shared.store.interface import CommitResult, IncomingTrajectory
 from relayrl_shared.store.quarantine import QuarantineLimits
 from relayrl_shared.store.sql_store import SqlStore, Writer
@@ -58,18 +59,12 @@ _RACES = (
 _UNAVAILABLE = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction)
 
 
-class LostRace(StoreError):
-    """A transaction that met another one's rows and was rolled back; it may succeed when tried again."""
-
-    code = "store_unavailable"
-    retryable = True
-
-
 class PostgresDatabase:
     """All tables of one Postgres database as a `Database`."""
 
     def __init__(self, url: str, *, deadline_seconds: float, allow_unsafe: bool) -> None:
         self._url, self._deadline_seconds, self._allow_unsafe = url, deadline_seconds, allow_unsafe
+        self._gate = Gate()
         self.engine = self._engine()
         self._snapshots = self.engine.execution_options(
             isolation_level="REPEATABLE READ", postgresql_readonly=True
@@ -78,13 +73,13 @@ class PostgresDatabase:
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
         """One snapshot, read only."""
-        with typed_errors(), self._snapshots.begin() as connection:
+        with self._gate.enter(), typed_errors(), self._snapshots.begin() as connection:
             yield connection
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Connection]:
         """READ COMMITTED, so that what a lock waited for is seen; durable when the block ends."""
-        with typed_errors(), self.engine.begin() as connection:
+        with self._gate.enter(), typed_errors(), self.engine.begin() as connection:
             yield connection
 
     def now(self, connection: Connection) -> float:
@@ -147,7 +142,8 @@ class PostgresDatabase:
         )
 
     def close(self) -> None:
-        """Closes the idle connections; busy ones close when they are given back."""
+        """Closes all connections once the calls in progress have ended."""
+        self._gate.close(self._deadline_seconds)
         self.engine.dispose()
 
 
@@ -166,11 +162,15 @@ def typed_errors() -> Iterator[None]:
 
 def _typed(error: BaseException | None) -> StoreError:
     message = str(error).strip()
-    if isinstance(error, _RACES):
-        return LostRace(f"Postgres: {message}")
-    if isinstance(error, _UNAVAILABLE):
+    if isinstance(error, _RACES + _UNAVAILABLE):
         return StoreUnavailable(f"Postgres: {message}")
     return StoreError(f"Postgres: {message}")
+
+
+def lost_race(error: StoreError) -> bool:
+    """Whether the transaction met another one's rows and was rolled back: it may succeed when tried again."""
+    cause = error.__cause__
+    return isinstance(cause.orig if isinstance(cause, exc.DBAPIError) else cause, _RACES)
 
 
 def copy(connection: Connection, table: Table, target: str, rows: Sequence[Row]) -> None:
@@ -215,10 +215,13 @@ class Listener:
         self._connect = connect
         self._using = threading.Lock()
         self._connection: psycopg.Connection[Any] | None = None
+        self._closed = False
 
     def open(self) -> None:
         """Listens from now on; after that no notification of a later commit is lost."""
         with self._using, typed_errors():
+            if self._closed:
+                return
             if self._connection is None or self._connection.closed:
                 self._connection = self._connect()
                 self._connection.autocommit = True
@@ -243,8 +246,9 @@ class Listener:
         self._connection = None
 
     def close(self) -> None:
-        """Closes the connection once nobody waits on it."""
+        """Closes the connection once nobody waits on it, for good."""
         with self._using:
+            self._closed = True
             self._drop()
 
 
@@ -293,7 +297,9 @@ class PostgresStore(SqlStore):
         for _ in range(_ATTEMPTS):
             try:
                 return self._try_commit(batch, options)
-            except LostRace:
+            except StoreUnavailable as error:
+                if not lost_race(error):
+                    raise
                 options = commits.Options(merge_bodies, self._limits, lock_runs_first=True)
         raise StoreUnavailable(f"a batch of {len(batch)} lost {_ATTEMPTS} races with other writers")
 
@@ -315,7 +321,7 @@ class PostgresStore(SqlStore):
         deadline = time.monotonic() + timeout_seconds
         while not self._closed.is_set():
             self._listener.open()
-            if self._last_position(run_id) > after_position:
+            if self._has_passed(run_id, after_position):
                 return True
             left = deadline - time.monotonic()
             if left <= 0:

@@ -37,8 +37,12 @@ def settle(connection: Connection, rows: Sequence[Quarantined]) -> None:
         for row in rows
         if row.run_id is not None and row.spool_id is not None and row.sequence is not None
     ]
-    for key, spool in spools.lock(connection, [key for key, _ in named]).items():
-        spools.save(connection, spools.settle(spool, [], [sequence for k, sequence in named if k == key]))
+    rows_by_key = spools.lock(connection, [key for key, _ in named])
+    settled = [
+        spools.settle(spool, [], [sequence for named_key, sequence in named if named_key == key])
+        for key, spool in rows_by_key.items()
+    ]
+    spools.save(connection, settled)
 
 
 def _identity(row: Quarantined, index: int) -> tuple[object, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from sqlalchemy import Connection, and_, select, update
+from sqlalchemy import Connection, RowMapping, and_, bindparam, select, tuple_, update
 
 from relayrl_shared.messages import SpoolReport
 from relayrl_shared.store import sequences, tables
@@ -19,6 +19,9 @@ Key = tuple[str, str]  # (run_id, spool_id)
 
 
 _NOTHING = SequenceSet()
+_COUNTERS = {"highest_seen": 0, "quarantined": 0, "dropped": 0, "repeated": 0}
+_EMPTY_ROW = {"known": sequences.encode(_NOTHING), **_COUNTERS}
+_CHUNK = 200  # keys of one statement
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,39 +56,49 @@ class Spool:
 def lock(connection: Connection, keys: Iterable[Key]) -> dict[Key, Spool]:
     """Locks the rows, made where they are missing, in sorted order; returns them (contracts D2)."""
     ordered = sorted(set(keys))
-    empty = sequences.encode(SequenceSet())
-    counters = {"known": empty, "highest_seen": 0, "quarantined": 0, "dropped": 0, "repeated": 0}
-    found: dict[Key, Spool] = {}
-    for run_id, spool_id in ordered:
-        spool = _select(connection, run_id, spool_id)
-        if spool is None:
-            insert_missing(connection, tables.spools, [{"run_id": run_id, "spool_id": spool_id, **counters}])
-            spool = _select(connection, run_id, spool_id)
-        found[run_id, spool_id] = spool or Spool(run_id, spool_id)
+    found = _select(connection, ordered)
+    missing = [key for key in ordered if key not in found]
+    if missing:
+        rows = [{"run_id": run_id, "spool_id": spool_id, **_EMPTY_ROW} for run_id, spool_id in missing]
+        insert_missing(connection, tables.spools, rows)
+        found |= _select(connection, missing)
     return found
 
 
-def _select(connection: Connection, run_id: str, spool_id: str) -> Spool | None:
-    spools = tables.spools
-    which = and_(spools.c.run_id == run_id, spools.c.spool_id == spool_id)
-    row = connection.execute(select(spools).where(which).with_for_update()).mappings().first()
-    return None if row is None else Spool(**{**row, "known": sequences.decode(row["known"])})
+def _select(connection: Connection, keys: Sequence[Key]) -> dict[Key, Spool]:
+    columns, found = tables.spools.c, dict[Key, Spool]()
+    for start in range(0, len(keys), _CHUNK):
+        which = tuple_(columns.run_id, columns.spool_id).in_(keys[start : start + _CHUNK])
+        query = select(tables.spools).where(which).order_by(columns.run_id, columns.spool_id)
+        for row in connection.execute(query.with_for_update()).mappings():
+            found[row["run_id"], row["spool_id"]] = _spool(row)
+    return found
 
 
-def save(connection: Connection, spool: Spool) -> None:
-    """Writes the row back."""
-    spools = tables.spools
-    which = and_(spools.c.run_id == spool.run_id, spools.c.spool_id == spool.spool_id)
-    values = {
-        "known": sequences.encode(spool.known),
-        "highest_seen": spool.highest_seen,
-        "quarantined": spool.quarantined,
-        "dropped": spool.dropped,
-        "repeated": spool.repeated,
-        "highest_accepted": spool.highest_accepted,
-        "oldest_unacknowledged": spool.oldest_unacknowledged,
-    }
-    connection.execute(update(spools).where(which).values(values))
+def _spool(row: RowMapping) -> Spool:
+    return Spool(**{**row, "known": sequences.decode(row["known"])})
+
+
+def save(connection: Connection, spools: Iterable[Spool]) -> None:
+    """Writes the rows back."""
+    columns = tables.spools.c
+    which = and_(columns.run_id == bindparam("key_run"), columns.spool_id == bindparam("key_spool"))
+    rows = [
+        {
+            "key_run": spool.run_id,
+            "key_spool": spool.spool_id,
+            "known": sequences.encode(spool.known),
+            "highest_seen": spool.highest_seen,
+            "quarantined": spool.quarantined,
+            "dropped": spool.dropped,
+            "repeated": spool.repeated,
+            "highest_accepted": spool.highest_accepted,
+            "oldest_unacknowledged": spool.oldest_unacknowledged,
+        }
+        for spool in spools
+    ]
+    if rows:
+        connection.execute(update(tables.spools).where(which), rows)
 
 
 def settle(
@@ -120,14 +133,10 @@ def report(connection: Connection, reports: Sequence[SpoolReport]) -> None:
             oldest_unacknowledged=item.oldest_unacknowledged,
         )
         rows[item.run_id, item.spool_id] = spool
-    for spool in rows.values():
-        save(connection, spool)
+    save(connection, rows.values())
 
 
 def of_run(connection: Connection, run_id: str) -> list[Spool]:
     """The spools of a run."""
     query = select(tables.spools).where(tables.spools.c.run_id == run_id)
-    return [
-        Spool(**{**row, "known": sequences.decode(row["known"])})
-        for row in connection.execute(query).mappings()
-    ]
+    return [_spool(row) for row in connection.execute(query).mappings()]

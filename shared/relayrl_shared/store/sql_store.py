@@ -23,6 +23,7 @@ from relayrl_shared.store import (
     reading,
     runs,
     step_leases,
+    storable,
     tables,
 )
 from relayrl_shared.store import spools as spool_rows
@@ -179,12 +180,26 @@ class SqlStore(ABC):
     def commit(self, batch: Sequence[IncomingTrajectory]) -> list[CommitResult]:
         """See `TrajectoryStore.commit`. Where it raises, send the same batch again: nothing doubles."""
         self._check_writer("ingest")
-        return self._commit(batch) if batch else []
+        problems = [storable.problem(item.metadata) for item in batch]
+        good = [item for item, problem in zip(batch, problems, strict=True) if problem is None]
+        results = iter(self._commit(good) if good else [])
+        self.quarantine(
+            [
+                storable.as_quarantined(item, "unstorable", problem)
+                for item, problem in zip(batch, problems, strict=True)
+                if problem is not None
+            ]
+        )
+        return [
+            next(results) if problem is None else CommitResult(outcome="conflict", detail=problem)
+            for problem in problems
+        ]
 
     def quarantine(self, rows: Sequence[Quarantined]) -> None:
         """See `TrajectoryStore.quarantine`. The same trajectory again adds no second row."""
         if not rows:
             return
+        rows = [storable.clean(row) for row in rows]
         database = self._as_ingest()
         with database.write() as connection:
             quarantine.settle(connection, rows)
@@ -218,7 +233,7 @@ class SqlStore(ABC):
         """See `TrajectoryStore.wait`; polls at growing intervals. False at once when the store is closed."""
         deadline, delay = time.monotonic() + timeout_seconds, _SHORTEST_POLL_SECONDS
         while not self._closed.is_set():
-            if self._last_position(run_id) > after_position:
+            if self._has_passed(run_id, after_position):
                 return True
             left = deadline - time.monotonic()
             if left <= 0:
@@ -227,9 +242,14 @@ class SqlStore(ABC):
             delay = min(2 * delay, _LONGEST_POLL_SECONDS)
         return False
 
-    def _last_position(self, run_id: str) -> int:
-        with self._ingest.read() as connection:
-            return reading.last_position(connection, run_id)
+    def _has_passed(self, run_id: str, position: int) -> bool:
+        try:
+            with self._ingest.read() as connection:
+                return reading.last_position(connection, run_id) > position
+        except StoreError:
+            if self._closed.is_set():
+                return False
+            raise
 
     # -- learner
 

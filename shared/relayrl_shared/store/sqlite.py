@@ -23,6 +23,7 @@ from sqlalchemy.pool import QueuePool, StaticPool
 from relayrl_shared.errors import ContractError, StoreError, StoreUnavailable
 from relayrl_shared.store import commits, schema, tables
 from relayrl_shared.store.database import Row
+from relayrl_shared.store.gate import Gate
 from relayrl_shared.store.interface import CommitResult, IncomingTrajectory
 from relayrl_shared.store.quarantine import QuarantineLimits
 from relayrl_shared.store.schema import Group
@@ -47,6 +48,7 @@ class SqliteFile:
     def __init__(self, path: Path, group: Group, *, writable: bool, deadline_seconds: float) -> None:
         self._path, self._group = path, group
         self._deadline_seconds = deadline_seconds
+        self._gate = Gate()
         self._writing = threading.Lock()
         self._opening = threading.Lock()
         self._reader: Engine | None = None
@@ -61,7 +63,7 @@ class SqliteFile:
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
         """One snapshot of the file; an empty database while there is none."""
-        with _typed_errors(self._path), self._readable().begin() as connection:
+        with self._gate.enter(), _typed_errors(self._path), self._readable().begin() as connection:
             yield connection
 
     @contextlib.contextmanager
@@ -72,7 +74,7 @@ class SqliteFile:
         if not self._writing.acquire(timeout=self._deadline_seconds):
             raise StoreUnavailable(f"{self._path}: another thread writes for {self._deadline_seconds:g} s")
         try:
-            with _typed_errors(self._path), self._writer.begin() as connection:
+            with self._gate.enter(), _typed_errors(self._path), self._writer.begin() as connection:
                 yield connection
         finally:
             self._writing.release()
@@ -86,7 +88,8 @@ class SqliteFile:
         connection.execute(table.insert(), [dict(row) for row in rows])
 
     def close(self) -> None:
-        """Closes all connections."""
+        """Closes all connections once the calls in progress have ended."""
+        self._gate.close(self._deadline_seconds)
         for engine in (self._reader, self._writer, self._empty):
             if engine is not None:
                 engine.dispose()
@@ -175,6 +178,8 @@ def _typed_errors(path: Path) -> Iterator[None]:
         raise _typed(path, error) from error
     except exc.TimeoutError as error:
         raise StoreUnavailable(f"{path}: no free connection: {error}") from error
+    except OverflowError as error:
+        raise StoreError(f"{path}: a number is out of range: {error}") from error
 
 
 def _typed(path: Path, error: object) -> StoreError:
