@@ -19,7 +19,7 @@ from typing import Literal
 
 import msgspec
 
-State = Literal["stopped", "starting", "ready", "failed"]
+State = Literal["stopped", "starting", "ready", "down", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,10 @@ class ManagedProcess:
 
     def exit_status(self) -> int | None:
         """Its exit status once it has ended, negative for a signal; None while it lives."""
-        return None if self._child is None else self._child.poll()
+        status = None if self._child is None else self._child.poll()
+        if status is not None and self.state in {"starting", "ready"}:
+            self.state = "down"
+        return status
 
     def waiting_for(self) -> dict[str, str]:
         """What it is not ready for, item by item; empty when it is ready."""

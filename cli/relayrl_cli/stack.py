@@ -254,7 +254,7 @@ class Stack:
             self._revive(process)
         elif process.state == "starting":
             process.waiting_for()
-        if process.state != before:
+        if process.state != before and process.state in {"ready", "failed"}:
             self._report(_change(process))
             self._write()
 
@@ -280,6 +280,7 @@ class Stack:
 
 
 def _entry(process: ManagedProcess) -> ProcessEntry:
+    process.exit_status()  # notes a death that nobody has looked at yet
     return ProcessEntry(
         pid=process.pid,
         state=process.state,

@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 
 from relayrl_cli.addresses import read_stack_file
-from relayrl_shared.store.open import open_store
 from relayrl_shared.store.interface import Audit, TrajectoryStore
+from relayrl_shared.store.open import open_store
 
 
 def run(arguments: argparse.Namespace) -> int:
