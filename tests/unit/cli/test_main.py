@@ -36,7 +36,7 @@ def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom relayrl_cli.main import main\n"
         "try:\n    main(['demo', '--help'])\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'numpy', 'pyarrow', 'onnxruntime', 'fastapi', 'gymnasium', 'rich', 'zmq', 'sqlalchemy'}\n"
+        "heavy = {'torch', 'numpy', 'pyarrow', 'onnxruntime', 'fastapi', 'gymnasium', 'rich', 'sqlalchemy'}\n"
         "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )
 
