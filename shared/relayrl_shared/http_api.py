@@ -29,6 +29,7 @@ LOG = logs.get_logger(__name__)
 
 STATUS: Mapping[type[errors.RelayRLError], HTTPStatus] = {
     errors.UnknownActor: HTTPStatus.NOT_FOUND,
+    errors.UnknownRun: HTTPStatus.NOT_FOUND,
     errors.UnknownPolicy: HTTPStatus.NOT_FOUND,
     errors.UnknownPolicyVersion: HTTPStatus.NOT_FOUND,
     errors.RunMismatch: HTTPStatus.CONFLICT,

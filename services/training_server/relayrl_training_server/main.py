@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 def _supervise(settings: TrainingServerSettings, arguments: argparse.Namespace) -> int:
     from relayrl_training_server.supervisor import run_supervisor
 
-    return run_supervisor(settings, config_file=arguments.config)
+    return run_supervisor(settings, config_file=arguments.config, overrides=arguments.overrides)
 
 
 def _ingest(settings: TrainingServerSettings, arguments: argparse.Namespace) -> int:
