@@ -1,7 +1,7 @@
 """Hot reload: looks whether a settings file changed, and says what that changes.
 
-A service's poller calls `SettingsFile.poll` every `config_update_polling_seconds`. A file that does not parse or
-validate leaves the settings in use as they are, and says so once.
+A service polls `SettingsFile` every `config_update_polling_seconds`. A file that does not parse or validate
+leaves the settings in use as they are, and says so once.
 """
 
 from __future__ import annotations
