@@ -182,6 +182,8 @@ class ServedPolicy:
     def _reply(self, rows: int) -> tuple[Layout, Actions]:
         known = self._replies.get(rows)
         if known is None:
+            if len(self._replies) >= MAX_KNOWN_LAYOUTS:
+                self._replies.clear()
             layout = layout_of(self.loaded.outputs, rows)
             message = Actions(
                 policy=self.manifest.policy,
