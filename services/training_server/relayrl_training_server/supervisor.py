@@ -84,7 +84,7 @@ class Supervisor:
             self._keeper.stop_all(options.drain_seconds)
 
     def _look(self) -> None:
-        """Reads the runs and says which children there should be; keeps the last answer if the store is away."""
+        """Reads the runs and says which children there should be; the last answer stands without a store."""
         try:
             self._runs = self.store.runs()
             self._store_problem = None
@@ -141,6 +141,12 @@ class Supervisor:
         self.close()
 
 
+class _Readiness(msgspec.Struct):
+    """What matters of an answer to /readyz."""
+
+    checks: dict[str, str | None]
+
+
 def readiness_problem(settings: HttpSettings, timeout_seconds: float = 1.0) -> str | None:
     """What a child's /readyz says that it waits for; None where it is ready or cannot be asked."""
     if not settings.enabled or settings.port == 0:
@@ -150,16 +156,9 @@ def readiness_problem(settings: HttpSettings, timeout_seconds: float = 1.0) -> s
     )
     try:
         connection.request("GET", "/readyz")
-        answer = msgspec.json.decode(connection.getresponse().read())
-        waiting = [f"{item}: {reason}" for item, reason in answer["checks"].items() if reason is not None]
-    except (
-        OSError,
-        http.client.HTTPException,
-        msgspec.DecodeError,
-        KeyError,
-        AttributeError,
-        TypeError,
-    ) as error:
+        answer = msgspec.json.decode(connection.getresponse().read(), type=_Readiness)
+        waiting = [f"{item}: {reason}" for item, reason in answer.checks.items() if reason is not None]
+    except (OSError, http.client.HTTPException, msgspec.MsgspecError) as error:
         return f"does not answer on port {settings.port}: {error}"
     finally:
         connection.close()
