@@ -1,0 +1,356 @@
+"""The actors and environments of a client: ids, and the state of every actor as columns of arrays.
+
+The recorder drives it and holds its lock around every call; `select` alone is also called without it. An
+actor's row is its `actor_index`: it is never used again, since the noise of an actor is keyed by it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relayrl_shared.errors import ConfigError, ContractError, EpisodeError, UnknownActor
+from relayrl_shared.trajectory import Purpose
+
+# Phases of an actor, as bits.
+EPISODE = 1  # an episode is open
+STEP = 2  # the open segment's last step waits for its reward
+TURN = 4  # before the next step: the segment is full, or the next step needs another page
+PENDING = 8  # the last call failed after the reward was written (contracts A8)
+BUSY = 16  # a call is at work on this actor
+
+ACTING = EPISODE | STEP
+ACTING_BUSY = ACTING | BUSY
+
+_MAX_CACHED_SELECTIONS = 4096
+NEVER = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentHandle:
+    """An environment instance: the actors that act in it tick together.
+
+    environment_id: UUID, the record's environment_instance_id. index: its row in the table.
+    reset_ticks: ticks without a step after each end of an episode (1 for NEXT_STEP autoreset).
+    """
+
+    environment_id: str
+    index: int
+    reset_ticks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The actors of one call, resolved once and kept while the same ids are passed.
+
+    rows: int64 [B]. index: what to index columns with: a slice where the rows follow each other, since that
+    costs a fraction of an array. environments: int64 [E] without repeats; environment_of: int64 [B], that of
+    each actor; environment: the only one, where there is only one. recorded: whether their steps are kept.
+    paced: whether they belong to the rollouts that the learner waits for. acting: the phases of B actors that
+    are in the middle of a segment, as bytes.
+    """
+
+    ids: tuple[str, ...]
+    rows: NDArray[np.int64]
+    index: slice | NDArray[np.int64]
+    environments: NDArray[np.int64]
+    environment_of: NDArray[np.int64]
+    environment: int | None
+    recorded: bool
+    paced: bool
+    acting: bytes
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def where(self, chosen: NDArray[np.bool_]) -> Selection:
+        """The actors for which `chosen` (bool [B]) is True; at least one must be.
+
+        It costs no look-up, so that a vector environment may leave out other actors at every tick.
+        """
+        rows = self.rows[chosen]
+        ids = tuple(itertools.compress(self.ids, chosen.tolist()))
+        environment_of = self.environment_of[chosen]
+        one = self.environment
+        return Selection(
+            ids=ids,
+            rows=rows,
+            index=_index_of(rows),
+            environments=self.environments if one is not None else np.unique(environment_of),
+            environment_of=environment_of,
+            environment=one,
+            recorded=self.recorded,
+            paced=self.paced,
+            acting=self.acting[: len(ids)],
+        )
+
+
+def _index_of(rows: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+    """A slice where the rows follow each other, else the rows."""
+    if len(rows) == rows[-1] - rows[0] + 1 and bool((np.diff(rows) == 1).all()):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
+
+
+@dataclass(slots=True)
+class ActorDetails:
+    """What is known of one actor beside its columns; touched at the edges of segments only."""
+
+    actor_id: str
+    environment: EnvironmentHandle
+    agent_id: str | None
+    purpose: Purpose
+    recorded: bool
+    seed: int | None
+    episode_id: str = ""
+    pages: list[int] = field(default_factory=list)
+    segment_index: int = 0
+    first_step_index: int = 0
+    started_at: float = 0.0
+    rollout_index: int = -1  # of the open segment, or of the last one
+    rollout_segments: int = 0  # closed so far in that rollout
+    driver: int | None = None  # the thread that called last
+
+
+@dataclass(slots=True)
+class ActorColumns:
+    """The columns that every call touches, by row.
+
+    slot: row of the last step in the step storage. step_index: of the next step, in the episode.
+    room: rows left before the next TURN. They are columns of one array, since each step adds (1, 1, -1).
+    """
+
+    phase: NDArray[np.uint8]
+    progress: NDArray[np.int64]  # [rows, 3]: slot, step_index, room
+    episode_index: NDArray[np.int64]
+
+    @classmethod
+    def empty(cls, rows: int) -> ActorColumns:
+        """Columns for that many actors, all between episodes."""
+        return cls(np.zeros(rows, np.uint8), np.zeros((rows, 3), np.int64), np.zeros(rows, np.int64))
+
+    def grown(self, rows: int) -> ActorColumns:
+        """A copy with room for more rows."""
+        grown = ActorColumns.empty(rows)
+        have = len(self.phase)
+        grown.phase[:have] = self.phase
+        grown.progress[:have] = self.progress
+        grown.episode_index[:have] = self.episode_index
+        return grown
+
+
+SLOT, STEP_INDEX, ROOM = 0, 1, 2
+EACH_STEP = np.array([[1, 1, -1]], np.int64)
+
+
+@dataclass(slots=True)
+class EnvironmentColumns:
+    """Environment instances by row: ticks so far, the rollout they are in, and the tick where it is left."""
+
+    tick: NDArray[np.int64]
+    rollout: NDArray[np.int64]
+    first_rollout: NDArray[np.int64]
+    turn_at: NDArray[np.int64]  # a call at this tick or later begins a rollout and takes the long way
+
+    @classmethod
+    def empty(cls, rows: int) -> EnvironmentColumns:
+        """Columns for that many environments."""
+        return cls(*(np.zeros(rows, np.int64) for _ in range(4)))
+
+    def grown(self, rows: int) -> EnvironmentColumns:
+        """A copy with room for more rows."""
+        return EnvironmentColumns(
+            *(
+                np.concatenate([column, np.zeros(rows - len(column), np.int64)])
+                for column in (self.tick, self.rollout, self.first_rollout, self.turn_at)
+            )
+        )
+
+
+class ActorTable:
+    """All actors of a client by id, and their environments."""
+
+    def __init__(self) -> None:
+        self.columns = ActorColumns.empty(16)
+        self.environments = EnvironmentColumns.empty(16)
+        self.details: list[ActorDetails | None] = []
+        self.handles: list[EnvironmentHandle] = []
+        self._row_of: dict[str, int] = {}
+        self._selections: dict[tuple[str, ...], Selection] = {}
+
+    # -- environments ----------------------------------------------------------------------------------
+
+    def new_environment(self, reset_ticks: int, first_rollout: int) -> EnvironmentHandle:
+        """A new environment instance without actors.
+
+        Raises:
+            ConfigError: reset_ticks is negative.
+        """
+        if reset_ticks < 0:
+            raise ConfigError(f"reset_ticks is {reset_ticks}; it counts ticks and is 0 or more")
+        index = len(self.handles)
+        if index >= len(self.environments.tick):
+            self.environments = self.environments.grown(2 * index)
+        handle = EnvironmentHandle(str(uuid.uuid4()), index, reset_ticks)
+        self.handles.append(handle)
+        self.environments.first_rollout[index] = first_rollout
+        self.environments.rollout[index] = first_rollout
+        return handle
+
+    def move(self, actor_ids: Sequence[str], environment: EnvironmentHandle) -> None:
+        """Put actors into an environment instance.
+
+        Raises:
+            UnknownActor: there is no actor of that id.
+            EpisodeError: one is in the middle of an episode.
+        """
+        rows = [self.row(actor_id) for actor_id in actor_ids]
+        for actor_id, row in zip(actor_ids, rows, strict=True):
+            if self.columns.phase[row]:
+                raise EpisodeError(f"actor {actor_id} is in an episode; move it after end_episode")
+        for row in rows:
+            self.detail(row).environment = environment
+        self._selections = {}
+
+    def next_rollout(self, actor_ids: Sequence[str]) -> int:
+        """The rollout that these actors begin next, should they move to a new environment.
+
+        Raises:
+            UnknownActor: there is no actor of that id.
+        """
+        following = []
+        for actor_id in actor_ids:
+            index = self.detail(self.row(actor_id)).environment.index
+            acted = bool(self.environments.tick[index])
+            following.append(int(self.environments.rollout[index]) + acted)
+        return max(following, default=0)
+
+    # -- actors ----------------------------------------------------------------------------------------
+
+    def add(self, details: ActorDetails) -> int:
+        """Add an actor and return its row.
+
+        Raises:
+            ContractError: the id is taken.
+        """
+        self._check_free(details.actor_id)
+        row = len(self.details)
+        if row >= len(self.columns.phase):
+            self.columns = self.columns.grown(2 * row)
+        self.details.append(details)
+        self._row_of[details.actor_id] = row
+        return row
+
+    def remove(self, actor_id: str) -> None:
+        """Forget an actor; its row stays empty for good."""
+        row = self.row(actor_id)
+        self.details[row] = None
+        self.columns.phase[row] = 0
+        del self._row_of[actor_id]
+        self._selections = {}
+
+    def rename(self, current: str, new: str) -> None:
+        """Give an actor another id.
+
+        Raises:
+            UnknownActor: there is no actor of the current id.
+            ContractError: the new id is taken, or not a UUID.
+        """
+        row = self.row(current)
+        self._check_free(new)
+        self.detail(row).actor_id = new
+        self._row_of[new] = self._row_of.pop(current)
+        self._selections = {}
+
+    def _check_free(self, actor_id: str) -> None:
+        if actor_id in self._row_of:
+            raise ContractError(f"the actor id {actor_id} is taken; choose another or leave it out")
+        try:
+            uuid.UUID(actor_id)
+        except (ValueError, AttributeError, TypeError) as exc:
+            raise ContractError(f"the actor id {actor_id!r} is not a UUID; leave it out to get one") from exc
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of all actors, in the order of their making."""
+        return [detail.actor_id for detail in self.details if detail is not None]
+
+    def row(self, actor_id: str) -> int:
+        """The row of an actor.
+
+        Raises:
+            UnknownActor: there is no such actor.
+        """
+        row = self._row_of.get(actor_id) if isinstance(actor_id, str) else None
+        if row is None:
+            raise UnknownActor(
+                f"no actor {actor_id!r} in this client: use an id that new_actor gave and is not removed"
+            )
+        return row
+
+    def detail(self, row: int) -> ActorDetails:
+        """The details of the actor in a row.
+
+        Raises:
+            UnknownActor: it was removed.
+        """
+        detail = self.details[row]
+        if detail is None:
+            raise UnknownActor(f"the actor with index {row} was removed")
+        return detail
+
+    def live(self) -> list[tuple[int, ActorDetails]]:
+        """Rows and details of all actors."""
+        return [(row, detail) for row, detail in enumerate(self.details) if detail is not None]
+
+    # -- selections ------------------------------------------------------------------------------------
+
+    def select(self, actor_ids: str | Sequence[str] | Selection) -> Selection:
+        """The actors of a call, in the order of the ids; a selection is given back as it is.
+
+        Raises:
+            UnknownActor: an id is not known.
+            EpisodeError: no id, one id twice, or recorded actors beside others.
+        """
+        if isinstance(actor_ids, Selection):
+            return actor_ids
+        ids = (actor_ids,) if isinstance(actor_ids, str) else tuple(actor_ids)
+        known = self._selections
+        selection = known.get(ids)
+        if selection is None:
+            selection = self._resolve(ids)
+            if len(known) >= _MAX_CACHED_SELECTIONS:
+                known.clear()
+            known[ids] = selection
+        return selection
+
+    def _resolve(self, ids: tuple[str, ...]) -> Selection:
+        if not ids:
+            raise EpisodeError("no actor ids: name at least one actor")
+        numbers = [self.row(actor_id) for actor_id in ids]
+        if len(set(numbers)) != len(numbers):
+            twice = next(actor_id for actor_id in ids if ids.count(actor_id) > 1)
+            raise EpisodeError(f"actor {twice} is named twice in one call")
+        details = [self.detail(row) for row in numbers]
+        if len({(detail.recorded, detail.purpose) for detail in details}) > 1:
+            raise EpisodeError("actors that train and actors that evaluate in one call: call them apart")
+        rows = np.array(numbers, np.int64)
+        environment_of = np.array([detail.environment.index for detail in details], np.int64)
+        environments = np.unique(environment_of)
+        recorded = details[0].recorded
+        return Selection(
+            ids=ids,
+            rows=rows,
+            index=_index_of(rows),
+            environments=environments,
+            environment_of=environment_of,
+            environment=int(environments[0]) if len(environments) == 1 else None,
+            recorded=recorded,
+            paced=recorded and details[0].purpose == "train",
+            acting=bytes([ACTING if recorded else EPISODE]) * len(ids),
+        )

@@ -1,0 +1,228 @@
+"""Admission: when a call may act (contracts E and F); driven by the coordinator between the halves of a call.
+
+`FreePacing` never waits. `RolloutPacing` begins rollout r only when the policy in use comes from at least
+r - max_policy_lag updates. `LeasePacing` acts on steps that the learner granted. A wait never holds a lock.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from relayrl_client.actors import ActorDetails, Selection
+from relayrl_client.inference import Inference
+from relayrl_client.recorder import Recorder
+from relayrl_shared.errors import EpisodeError, PacingTimeout
+
+_POLL_SECONDS = 0.25
+
+
+@dataclass(slots=True)
+class PacingCounters:
+    """Plain counters. unpaced_rollouts_total: begun without admission (E3, or a loop that must)."""
+
+    waits_total: int = 0
+    wait_seconds_total: float = 0.0
+    timeouts_total: int = 0
+    unpaced_rollouts_total: int = 0
+
+
+class Admission(Protocol):
+    """What the coordinator asks before it acts."""
+
+    every_call: bool
+    counters: PacingCounters
+
+    def admit(self, selection: Selection, rollout: int | None, deadline: float) -> None:
+        """Return when these actors may act.
+
+        Args:
+            selection: the actors.
+            rollout: the rollout that begins with this call, or None.
+            deadline: on the monotonic clock, in seconds.
+
+        Raises:
+            PacingTimeout: admission did not come in time.
+            EpisodeError: it never could, the way that the application calls.
+        """
+
+
+class FreePacing:
+    """Never waits (contracts E1)."""
+
+    every_call = False
+
+    def __init__(self) -> None:
+        self.counters = PacingCounters()
+
+    def admit(self, selection: Selection, rollout: int | None, deadline: float) -> None:
+        """Nothing to wait for."""
+
+
+class RolloutPacing:
+    """Rollout r begins when the policy in use comes from at least r - max_policy_lag updates (contracts F1).
+
+    Args:
+        inference: knows the policy in use.
+        recorder: knows who is behind.
+        max_policy_lag: in updates; 0 is lockstep.
+        is_stopping: True ends every wait.
+        servers_are_up: False lets rollouts begin unpaced where the lag bound is above 0 (contracts E3).
+    """
+
+    every_call = False
+
+    def __init__(
+        self,
+        inference: Inference,
+        recorder: Recorder,
+        max_policy_lag: int,
+        is_stopping: Callable[[], bool],
+        servers_are_up: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.counters = PacingCounters()
+        self.max_policy_lag = max_policy_lag
+        self._inference = inference
+        self._recorder = recorder
+        self._is_stopping = is_stopping
+        self._servers_are_up = servers_are_up
+
+    def admit(self, selection: Selection, rollout: int | None, deadline: float) -> None:
+        """See `Admission.admit`."""
+        if rollout is None or not selection.paced:
+            return
+        needed = rollout - self.max_policy_lag
+        if needed <= 0 or self._inference.admit(needed, time.monotonic(), lambda: True):
+            return
+        if self._would_block_itself(selection, rollout):
+            self.counters.unpaced_rollouts_total += 1
+            return
+        self._wait(needed, deadline)
+
+    def _would_block_itself(self, selection: Selection, rollout: int) -> bool:
+        """Whether this very thread still has to finish earlier rollouts of other actors.
+
+        Raises:
+            EpisodeError: so it is, in lockstep, where going on is no choice.
+        """
+        mine = [d for d in self._recorder.behind(selection, rollout) if self._is_mine(d)]
+        if not mine:
+            return False
+        if self.max_policy_lag == 0:
+            raise EpisodeError(
+                f"rollout {rollout} waits for the learner, which waits for actor {mine[0].actor_id} in the "
+                "rollout before, which this thread drives too: pass all actors in one call"
+            )
+        return True
+
+    def _is_mine(self, detail: ActorDetails) -> bool:
+        return detail.driver is None or detail.driver == threading.get_ident()
+
+    def _wait(self, needed: int, deadline: float) -> None:
+        began = time.monotonic()
+        self.counters.waits_total += 1
+        admitted = self._inference.admit(needed, deadline, self._gives_up)
+        self.counters.wait_seconds_total += time.monotonic() - began
+        if admitted:
+            return
+        if self.max_policy_lag > 0 and not self._servers_are_up() and not self._is_stopping():
+            self.counters.unpaced_rollouts_total += 1
+            return
+        self.counters.timeouts_total += 1
+        raise PacingTimeout(
+            f"this rollout needs a policy of {needed} finished updates, and none came within "
+            f"{time.monotonic() - began:.1f} s: is the learner running? Call again with reward=None"
+        )
+
+    def _gives_up(self) -> bool:
+        return self._is_stopping() or (self.max_policy_lag > 0 and not self._servers_are_up())
+
+
+class LeasePacing:
+    """Acts on steps granted by the learner (contracts E2): whole-episode batches under `block`.
+
+    The session asks for steps in its heartbeats and calls `grant`; `on_shortage` makes it ask at once.
+
+    Args:
+        is_stopping: True ends every wait.
+        on_shortage: called when a call has to wait.
+        servers_are_up: False: calls go on unpaced where the lag bound is above 0.
+        max_policy_lag: in updates.
+    """
+
+    every_call = True
+
+    def __init__(
+        self,
+        is_stopping: Callable[[], bool],
+        on_shortage: Callable[[], None],
+        servers_are_up: Callable[[], bool] = lambda: True,
+        max_policy_lag: int = 1,
+    ) -> None:
+        self.counters = PacingCounters()
+        self.max_policy_lag = max_policy_lag
+        self._is_stopping = is_stopping
+        self._on_shortage = on_shortage
+        self._servers_are_up = servers_are_up
+        self._changed = threading.Condition()
+        self._steps = 0
+        self._expires_at = 0.0
+        self._wanted = 0
+        self._used = 0
+
+    def grant(self, steps: int, expires_in_seconds: float) -> None:
+        """Add granted steps. What was left of an expired grant is gone."""
+        with self._changed:
+            now = time.monotonic()
+            if now >= self._expires_at:
+                self._steps = 0
+            self._steps += steps
+            self._expires_at = now + expires_in_seconds
+            self._changed.notify_all()
+
+    def report(self) -> tuple[int, int]:
+        """Steps wanted now, and steps used since the last report."""
+        with self._changed:
+            used, self._used = self._used, 0
+            return self._wanted, used
+
+    def admit(self, selection: Selection, rollout: int | None, deadline: float) -> None:
+        """See `Admission.admit`; takes one step an actor."""
+        if not selection.paced:
+            return
+        steps = len(selection)
+        with self._changed:
+            if not self._take(steps):
+                self._wait(steps, deadline)
+
+    def _take(self, steps: int) -> bool:
+        if self._steps < steps or time.monotonic() >= self._expires_at:
+            return False
+        self._steps -= steps
+        self._used += steps
+        return True
+
+    def _wait(self, steps: int, deadline: float) -> None:
+        began = time.monotonic()
+        self.counters.waits_total += 1
+        self._wanted += steps
+        try:
+            self._on_shortage()
+            while not self._take(steps):
+                remaining = deadline - time.monotonic()
+                unpaced = self.max_policy_lag > 0 and not self._servers_are_up()
+                if unpaced and not self._is_stopping():
+                    self.counters.unpaced_rollouts_total += 1
+                    return
+                if remaining <= 0 or self._is_stopping():
+                    self.counters.timeouts_total += 1
+                    raise PacingTimeout(
+                        "the learner granted no steps in time: is it running? Call again with reward=None"
+                    )
+                self._changed.wait(min(remaining, _POLL_SECONDS))
+        finally:
+            self._wanted -= steps
+            self.counters.wait_seconds_total += time.monotonic() - began
