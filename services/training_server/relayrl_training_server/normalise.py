@@ -48,25 +48,26 @@ class RunningStatistics:
         squares = np.square(values - mean).sum(axis=0)
         total = self.count + len(values)
         shift = mean - self.mean
-        self.squares = self.squares + squares + np.square(shift) * (self.count * len(values) / total)
-        self.mean = self.mean + shift * (len(values) / total)
+        self.squares += squares + np.square(shift) * (self.count * len(values) / total)
+        self.mean += shift * (len(values) / total)
         self.count = total
 
     @property
     def variance(self) -> NDArray[np.float64]:
         """The population variance, float64 [*shape]; 1 before the first row."""
-        return self.squares / self.count if self.count else np.ones(self.shape, dtype=np.float64)
+        return np.asarray(self.squares / self.count if self.count else np.ones(self.shape), dtype=np.float64)
 
     @property
     def inv_std(self) -> NDArray[np.float32]:
         """1 / sqrt(variance + 1e-8), float32 [*shape]; 1 before the first row."""
         if not self.count:
             return np.ones(self.shape, dtype=np.float32)
-        return (1.0 / np.sqrt(self.variance + _EPSILON)).astype(np.float32)
+        return np.asarray(1.0 / np.sqrt(self.variance + _EPSILON), dtype=np.float32)
 
     def state(self) -> dict[str, NDArray[np.generic]]:
         """Arrays that `restore` takes, for a checkpoint."""
-        return {"count": np.array(self.count, dtype=np.int64), "mean": self.mean, "squares": self.squares}
+        count = np.array(self.count, dtype=np.int64)
+        return {"count": count, "mean": self.mean.copy(), "squares": self.squares.copy()}
 
     def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
         """Goes back to what `state` gave, to the bit.

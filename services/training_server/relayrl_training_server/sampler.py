@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from relayrl_shared.store.interface import StoredActor, Use, UseOutcome
+from relayrl_shared.trajectory import TrajectoryMetadata
 from relayrl_training_server.batches import Segment
 
 _REMEMBERED_EPISODES = 65_536
@@ -40,10 +41,11 @@ class Selected:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A batch, and every decision since the batch before it."""
+    """A batch, and every decision since the batch before it: as uses, and as metadata of what was decided."""
 
     segments: tuple[Segment, ...]
     uses: tuple[Use, ...]
+    decided: tuple[TrajectoryMetadata, ...] = ()
 
 
 class Selection(ABC):
@@ -78,6 +80,7 @@ class Pool:
         self.undecided: dict[int, Segment] = {}
         self.decided: set[int] = set()
         self.uses: list[Use] = []
+        self.settled: list[TrajectoryMetadata] = []
         self.outcomes: Counter[str] = Counter()
 
     @property
@@ -91,15 +94,18 @@ class Pool:
             del self.undecided[segment.position]
             self.decided.add(segment.position)
             self.outcomes[outcome] += 1
+            self.settled.append(segment.metadata)
             trajectory_id = segment.metadata.trajectory_id
             self.uses.append(Use(trajectory_id=trajectory_id, position=segment.position, outcome=outcome))
 
-    def take_uses(self) -> tuple[Use, ...]:
-        """The decisions since the last call, by position."""
+    def take(self, segments: tuple[Segment, ...]) -> Sampled:
+        """Marks a batch as used; gives it with the decisions since the last one, by position."""
+        self.decide(segments, "used")
         uses = tuple(sorted(self.uses, key=lambda use: use.position))
-        self.uses = []
+        sampled = Sampled(segments, uses, tuple(self.settled))
+        self.uses, self.settled = [], []
         self.decided = {position for position in self.decided if position > self.cursor}
-        return uses
+        return sampled
 
     def state(self) -> dict[str, Any]:
         """The cursor and the decided positions above it."""
@@ -109,7 +115,7 @@ class Pool:
     def restore(self, state: dict[str, Any]) -> None:
         """An empty pool that reads on from the cursor."""
         self.read_position = int(state["cursor"])
-        self.undecided, self.uses = {}, []
+        self.undecided, self.uses, self.settled = {}, [], []
         self.decided = set(state["decided"])
         self.outcomes = Counter(state["outcomes"])
 
@@ -186,8 +192,7 @@ class Sampler:
         self.waiting_for = selected.waiting_for
         if not selected.found:
             return None
-        self.pool.decide(selected.segments, "used")
-        return Sampled(selected.segments, self.pool.take_uses())
+        return self.pool.take(selected.segments)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; undecided segments are read again."""

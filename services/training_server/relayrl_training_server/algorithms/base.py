@@ -141,6 +141,10 @@ class Algorithm(ABC, Generic[C]):
         self.steps_learned += batch.steps
         return {**metrics, **self._describe(batch, worth)}
 
+    def skip(self) -> None:
+        """An update without data: nothing is learned, the count goes on."""
+        self.updates += 1
+
     def state(self) -> AlgorithmState:
         """A copy of everything that `restore` needs."""
         tensors = {f"module/{name}": tensor.clone() for name, tensor in self.module.state_dict().items()}
@@ -148,7 +152,7 @@ class Algorithm(ABC, Generic[C]):
             tensors |= {f"{name}/{slot}": value for slot, value in adam.state().items()}
         tensors["generator"] = self.generator.get_state()
         for name, statistics in self._statistics().items():
-            tensors |= {f"{name}/{key}": torch.from_numpy(v.copy()) for key, v in statistics.state().items()}
+            tensors |= {f"{name}/{key}": torch.from_numpy(v) for key, v in statistics.state().items()}
         return AlgorithmState(tensors, {"updates": self.updates, "steps_learned": self.steps_learned})
 
     def restore(self, state: AlgorithmState) -> None:
