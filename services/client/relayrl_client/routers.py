@@ -58,7 +58,7 @@ class Router:
     """One queue, one thread, any number of sinks. Thread-safe.
 
     Args:
-        sinks: in the order in which they are written; closed with the router.
+        sinks: in the order in which they are written; may be shared by routers, and are not closed here.
         max_segments: in the queue.
         max_bytes: of their arrays.
         at_limit: what `submit` does when the queue is full: `block`, or `refuse` with an error.
@@ -142,7 +142,7 @@ class Router:
             return replace(self._count, queued_segments=len(self._queue))
 
     def close(self, timeout_seconds: float = 10.0) -> int:
-        """Writes what is queued, then closes the sinks.
+        """Writes what is queued, and ends.
 
         Args:
             timeout_seconds: how long a sink without room may hold this up.
@@ -158,11 +158,10 @@ class Router:
             self._abandoned = True
             self._changed.notify_all()
         self._thread.join()
-        lost, self._queue = self._queue, deque()
+        lost = list(self._queue)
+        self._queue.clear()
         for queued in lost:
             _log.error("trajectory %s was not written before the end", queued.segment.metadata.trajectory_id)
-        for sink in self._sinks:
-            sink.close()
         return len(lost)
 
     # ---- the router's thread ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Where finished segments go: memory, files, the server. Routers drive them, from one thread a sink.
+"""Where finished segments go: memory, files, the server. Routers drive them, each from its thread.
 
 `TransportSink`, the way through the spool to the server, is in `transport`.
 """
@@ -28,7 +28,7 @@ FILE_SUFFIX = ".arrow"
 
 
 class Sink(Protocol):
-    """Takes segments. Calls come from one thread at a time; those of one actor in order."""
+    """Takes segments. Several routers may call at once; those of one actor come in order, from one thread."""
 
     def write(self, segment: ClosedSegment) -> None:
         """Takes a segment for good.
@@ -87,6 +87,14 @@ class MemorySink:
                 for actor in found:
                     del self._by_actor[actor]
         return found
+
+    def snapshot(self) -> dict[str, list[Trajectory]]:
+        """All that it holds; it stays."""
+        return self.trajectories()
+
+    def drain(self) -> dict[str, list[Trajectory]]:
+        """All that it holds; it is empty afterwards."""
+        return self.trajectories(drain=True)
 
     def forget(self, actor_id: str) -> None:
         """Lets the trajectories of a removed actor go."""

@@ -109,7 +109,8 @@ class Spool:
         self._directory = SpoolDirectory(self.path, ephemeral=spool_id is None, lock=lock)
         self._index = SpoolIndex(self._directory.state, memory_bytes)
         try:
-            self._recover()
+            with self._lock:
+                self._recover()
         except OSError as exc:
             self._directory.close(empty=False)
             raise SpoolError(f"the spool {self.path} cannot be opened: {exc}") from exc

@@ -110,6 +110,7 @@ class TrajectorySender:
 
     def adopt(self, spools: Sequence[Spool]) -> None:
         """Sends what orphan spools hold; each is closed when it is empty, or with the sender."""
+        self._spools.extend(spools)
         self._adopted.extend(spools)
         for spool in spools:
             self._watch(spool)
@@ -144,11 +145,11 @@ class TrajectorySender:
             return self._changed.wait_for(lambda: self._pending() == 0, timeout_seconds)
 
     def _pending(self) -> int:
-        return sum(spool.pending_count() for spool in [*self._spools, *self._adopted])
+        return sum(spool.pending_count() for spool in self._spools)
 
-    def adopted(self) -> list[Spool]:
-        """Adopted spools that still hold something."""
-        return list(self._adopted)
+    def spools(self) -> list[Spool]:
+        """All spools that it sends or has sent; those that were adopted and are empty now are closed."""
+        return list(self._spools)
 
     def statistics(self) -> SenderStatistics:
         """The counters now."""
