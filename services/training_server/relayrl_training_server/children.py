@@ -21,14 +21,17 @@ from relayrl_training_server.settings import SupervisorSettings
 
 LOG = logs.get_logger(__name__)
 
-State = Literal["running", "restarting", "down", "finished", "stopped"]
+State = Literal["running", "restarting", "down", "finished", "failed", "stopped"]
+
+RUN_FAILED_STATUS = 3
+"""Exit status of a learner whose run has failed: started again, it would fail again."""
 
 MODULE = ("-m", "relayrl_training_server")
 
 
 @dataclass(frozen=True, slots=True)
 class ChildSpec:
-    """What to run. `may_finish`: an exit with status 0 is the end of its work; else it is started again."""
+    """What to run. `may_finish`: status 0 is the end of its work, 3 its failure for good."""
 
     name: str
     arguments: tuple[str, ...]
@@ -78,6 +81,9 @@ class _Child:
         self.deaths_total = 0
         self.last_exit: str | None = None
 
+    def is_alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
     def status(self) -> ChildStatus:
         return ChildStatus(
             name=self.spec.name,
@@ -92,6 +98,8 @@ class _Child:
         if self.state in ("running", "finished", "stopped"):
             return None
         why = f" after {self.last_exit}" if self.last_exit else ""
+        if self.state == "failed":
+            return "its run has failed; see the learner's log"
         if self.state == "down":
             return f"stays down: {self.deaths_in_a_row} deaths in a row, the last one {self.last_exit}"
         return f"is being started{why}"
@@ -129,8 +137,10 @@ class ChildKeeper:
         wanted = {spec.name: spec for spec in specs}
         with self._lock:
             for name, spec in wanted.items():
-                if name not in self._children or self._children[name].state == "stopped":
+                if name not in self._children:
                     self._children[name] = _Child(spec)
+                elif self._children[name].state == "stopped":
+                    self._children[name].state = "restarting"
             for name, child in self._children.items():
                 if name not in wanted and child.state in ("running", "restarting"):
                     self._ask_to_stop(child)
@@ -142,8 +152,8 @@ class ChildKeeper:
             for child in self._children.values():
                 if child.state == "running":
                     self._notice_death(child, now)
-                elif child.state == "stopped" and child.process is not None:
-                    child.process.poll()
+                elif child.is_alive():
+                    continue  # it was asked to stop and has not yet
                 if child.state == "restarting" and now >= child.start_at:
                     self._start(child, now)
 
@@ -155,13 +165,15 @@ class ChildKeeper:
     def stop_all(self, timeout_seconds: float) -> list[str]:
         """Asks every child to stop, kills what is left at the deadline; returns the names of those killed."""
         with self._lock:
+            if self._closed:
+                return []
             self._closed = True
             for child in self._children.values():
                 self._ask_to_stop(child)
             processes = {
                 name: child.process
                 for name, child in self._children.items()
-                if child.process is not None and child.process.poll() is None
+                if child.process is not None and child.is_alive()
             }
         killed = _wait(processes, self._clock() + timeout_seconds, self._clock)
         for name in killed:
@@ -171,7 +183,7 @@ class ChildKeeper:
         return killed
 
     def _ask_to_stop(self, child: _Child) -> None:
-        if child.process is not None and child.process.poll() is None:
+        if child.process is not None and child.is_alive():
             child.process.terminate()
         child.state = "stopped"
 
@@ -194,9 +206,9 @@ class ChildKeeper:
         if return_code is None:
             return
         child.last_exit = describe_exit(return_code)
-        if return_code == 0 and child.spec.may_finish:
-            child.state = "finished"
-            LOG.info("child has finished", child=child.spec.name)
+        if return_code in (0, RUN_FAILED_STATUS) and child.spec.may_finish:
+            child.state = "failed" if return_code else "finished"
+            LOG.warning("child has ended for good", child=child.spec.name, state=child.state)
             return
         lived = now - child.started_at
         child.deaths_in_a_row = 1 if lived >= self._settings.stable_seconds else child.deaths_in_a_row + 1

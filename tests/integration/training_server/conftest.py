@@ -207,3 +207,17 @@ def client(served: RunningIngest) -> WireClient:
     client.hello()
     client.put_schema()
     return client
+
+
+@pytest.fixture
+def wire_client() -> Iterator[Callable[[int, int], WireClient]]:
+    """Makes clients for any ports and closes them."""
+    made: list[WireClient] = []
+
+    def make(listener_port: int, trajectory_port: int) -> WireClient:
+        made.append(WireClient(listener_port, trajectory_port))
+        return made[-1]
+
+    yield make
+    for client in made:
+        client.close()
