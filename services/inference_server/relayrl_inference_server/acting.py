@@ -39,6 +39,9 @@ class Answer:
     frame: memoryview
 
 
+Outcomes = list[Answer | RelayRLError | None]
+
+
 class ServedPolicy:
     """A loaded version and what is known of the requests to it.
 
@@ -91,34 +94,32 @@ class ServedPolicy:
 
     def act(self, questions: Sequence[Question]) -> list[Answer | RelayRLError]:
         """The answer to each question, or what is wrong with it."""
-        outcomes: list[Answer | RelayRLError | None] = [None] * len(questions)
-        good = self._acceptable(questions, outcomes)
-        if good:
+        outcomes: Outcomes = [None] * len(questions)
+        groups = _by_layout(questions, range(len(questions)))
+        inputs = _gather(questions, groups)
+        try:
+            self._check(inputs)
+        except ContractError as error:
+            self._find_bad(questions, outcomes, error)
+            groups = _by_layout(questions, [i for i, outcome in enumerate(outcomes) if outcome is None])
+            inputs = _gather(questions, groups)
+        if groups:
             try:
-                self._answer(questions, good, outcomes)
+                self._answer(questions, groups, inputs, outcomes)
             except InferenceError as error:
-                self._answer_apart(questions, good, outcomes, error)
+                self._answer_apart(questions, groups, outcomes, error)
         return [outcome for outcome in outcomes if outcome is not None]
 
-    def _acceptable(
-        self, questions: Sequence[Question], outcomes: list[Answer | RelayRLError | None]
-    ) -> list[int]:
-        """Indices of the questions whose values may be seen by the policy; the others get their error."""
-        everything = list(range(len(questions)))
-        try:
-            self._check(_gather(questions, _by_layout(questions, everything)))
-        except ContractError as error:
-            if len(questions) == 1:
-                outcomes[0] = error
-                return []
-        else:
-            return everything
+    def _find_bad(self, questions: Sequence[Question], outcomes: Outcomes, error: ContractError) -> None:
+        """Gives the questions whose values the policy may not see their own error."""
+        if len(questions) == 1:
+            outcomes[0] = error
+            return
         for index, question in enumerate(questions):
             try:
                 self._check(question.layout.gather([question.frame]))
-            except ContractError as error:
-                outcomes[index] = error
-        return [index for index in everything if outcomes[index] is None]
+            except ContractError as own:
+                outcomes[index] = own
 
     def _check(self, inputs: Arrays) -> None:
         rows = len(inputs[self._observations[0]])
@@ -138,10 +139,9 @@ class ServedPolicy:
         check_action_mask(self.manifest.action_spec, self.manifest.masked_leaves, masks, rows)
 
     def _answer(
-        self, questions: Sequence[Question], good: list[int], outcomes: list[Answer | RelayRLError | None]
+        self, questions: Sequence[Question], groups: list[list[int]], inputs: Arrays, outcomes: Outcomes
     ) -> None:
-        groups = _by_layout(questions, good)
-        outputs = self._run(_gather(questions, groups))
+        outputs = self._run(inputs)
         start = 0
         for indices in groups:
             rows = questions[indices[0]].layout.rows
@@ -155,16 +155,18 @@ class ServedPolicy:
     def _answer_apart(
         self,
         questions: Sequence[Question],
-        good: list[int],
-        outcomes: list[Answer | RelayRLError | None],
+        groups: list[list[int]],
+        outcomes: Outcomes,
         error: InferenceError,
     ) -> None:
-        if len(good) == 1:
-            outcomes[good[0]] = error
+        indices = [index for group in groups for index in group]
+        if len(indices) == 1:
+            outcomes[indices[0]] = error
             return
-        for index in good:
+        for index in indices:
+            question = questions[index]
             try:
-                self._answer(questions, [index], outcomes)
+                self._answer(questions, [[index]], question.layout.gather([question.frame]), outcomes)
             except InferenceError as own:
                 outcomes[index] = own
 
@@ -205,6 +207,8 @@ def _by_layout(questions: Sequence[Question], indices: Sequence[int]) -> list[li
 
 
 def _gather(questions: Sequence[Question], groups: Sequence[Sequence[int]]) -> Arrays:
+    if not groups:
+        return {}
     parts = [
         questions[indices[0]].layout.gather([questions[index].frame for index in indices])
         for indices in groups

@@ -29,10 +29,11 @@ class Place:
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     offset: int
+    strides: tuple[int, ...]
 
     def view(self, frames: Any, count: int, frame_bytes: int) -> NDArray[Any]:
         """The leaf of `count` frames that lie one after another: [count, rows, *shape], not copied."""
-        strides = (frame_bytes, *_strides(self.shape, self.dtype.itemsize))
+        strides = (frame_bytes, *self.strides)
         return np.ndarray((count, *self.shape), self.dtype, frames, self.offset, strides)
 
 
@@ -48,7 +49,12 @@ class Layout:
     def gather(self, frames: Sequence[memoryview]) -> Arrays:
         """The leaves of many frames of this layout: each [len(frames) * rows, *shape], contiguous."""
         count = len(frames)
-        joined: Any = frames[0] if count == 1 else b"".join(frames)
+        if count == 1:
+            return {
+                place.name: np.ndarray(place.shape, place.dtype, frames[0], place.offset)
+                for place in self.places
+            }
+        joined = b"".join(frames)
         rows = count * self.rows
         return {
             place.name: np.ascontiguousarray(
@@ -75,7 +81,7 @@ def layout_of(ports: Sequence[Port], rows: int, order: Sequence[str] | None = No
         port = by_name[name]
         shape, dtype = (rows, *port.shape), np.dtype(port.dtype)
         headers.append(LeafHeader(name, port.dtype, shape))
-        places[name] = Place(name, dtype, shape, offset)
+        places[name] = Place(name, dtype, shape, offset, _strides(shape, dtype.itemsize))
         size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         offset += -(-size // LEAF_ALIGNMENT_BYTES) * LEAF_ALIGNMENT_BYTES
     return Layout(rows, tuple(headers), tuple(places[port.name] for port in ports), offset)
