@@ -81,6 +81,7 @@ class Agent:
             _drop_all(runtime, deadline)
             runtime.delivery.flush(max(deadline - time.monotonic(), 0.1))
             if runtime.session is not None:
+                runtime.delivery.drain(max(deadline - time.monotonic(), 0.0))
                 runtime.session.leave(runtime.spool_reports(), max(deadline - time.monotonic(), 0.1))
 
     def __enter__(self) -> Self:

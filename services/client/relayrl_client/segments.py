@@ -57,5 +57,8 @@ class Delivery(SegmentSink, Protocol):
             PeerTimeout: not within `timeout_seconds`.
         """
 
+    def drain(self, timeout_seconds: float) -> bool:
+        """Wait until the server has everything that was accepted; False if that takes longer."""
+
     def close(self, timeout_seconds: float) -> None:
         """Accept what was submitted, send what can be sent in the time, and release files and threads."""
