@@ -21,8 +21,15 @@ from typing import Any
 import safetensors.torch
 from prometheus_client import CollectorRegistry
 
-from relayrl_shared import logs
-from relayrl_shared.errors import ConfigError, LeaseLost, RelayRLError, StorageFull, StoreUnavailable
+from relayrl_shared import logs, telemetry
+from relayrl_shared.errors import (
+    ConfigError,
+    LeaseLost,
+    RelayRLError,
+    StaleFencingToken,
+    StorageFull,
+    StoreUnavailable,
+)
 from relayrl_shared.identifiers import new_id
 from relayrl_shared.policy.artefact import digest
 from relayrl_shared.store.interface import Run, TrajectoryStore
@@ -42,9 +49,9 @@ from relayrl_training_server.sampler import Moment, Sampled, Sampler
 from relayrl_training_server.selections import RolloutSelection, selection_for
 
 LOG = logs.get_logger(__name__)
+TRACER = telemetry.tracer(__name__)
 
-FAILED_STATUS = 3
-"""Exit status of a learner whose run failed; starting it again would fail again."""
+_LINKS = 32  # trajectories that an update's span is linked to, at most
 
 
 @dataclass(frozen=True)
@@ -113,16 +120,15 @@ class Learner:
 
         Raises:
             LeaseLost: another learner has the run now.
-            RelayRLError: the run failed; status.json says why.
+            Exception: what is not `is_passing` failed the run; status.json says why.
         """
         try:
             if self._lease.acquire(stop):
                 self._start()
                 self._learn(stop)
-        except LeaseLost:
-            raise
         except Exception as error:
-            self._fail(error)
+            if not is_passing(error):
+                self._fail(error)
             raise
         finally:
             self._stage = "stopped"
@@ -222,7 +228,8 @@ class Learner:
         if sampled.segments:
             batch = build_batch(sampled.segments)
             lag = self.learner_update - int(batch.learner_update.min())
-            learned = self.algorithm.update(batch)
+            with _span(sampled, self.learner_update + 1):
+                learned = self.algorithm.update(batch)
         else:
             self.algorithm.skip()
         self.ledger.absorb(sampled.decided)
@@ -352,6 +359,21 @@ class Learner:
         if self._trouble.get(what) != reason:
             LOG.warning("waiting", what=what, reason=reason)
         self._trouble[what] = reason
+
+
+def _span(sampled: Sampled, learner_update: int) -> telemetry.Span:
+    """The span of an update, in the trace of one of its trajectories and linked to others."""
+    parents = [segment.metadata.traceparent for segment in sampled.segments]
+    return TRACER.span(
+        "learner.update", parent=parents[0], links=parents[1:_LINKS], learner_update=learner_update
+    )
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether a learner that is started again may get on: not the run failed, but what it stands on."""
+    if isinstance(error, RelayRLError):
+        return error.retryable or isinstance(error, LeaseLost | StaleFencingToken)
+    return isinstance(error, OSError | MemoryError)
 
 
 def _build(run: Run) -> Algorithm[Any]:

@@ -59,7 +59,7 @@ def _ingest(settings: TrainingServerSettings, arguments: argparse.Namespace) -> 
 
 
 def _learn(settings: TrainingServerSettings, arguments: argparse.Namespace) -> int:
-    from relayrl_training_server.learner import main as learn
+    from relayrl_training_server.learner_process import main as learn
 
     return learn(settings, arguments.run)
 

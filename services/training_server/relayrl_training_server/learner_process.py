@@ -1,0 +1,113 @@
+"""The process `relayrl-training-server learn --run R`: opens what a learner needs and serves its health."""
+
+from __future__ import annotations
+
+import threading
+
+import msgspec
+from prometheus_client import CollectorRegistry
+
+from relayrl_shared import http_api, lifecycle, logs, telemetry
+from relayrl_shared.errors import RelayRLError
+from relayrl_shared.lifecycle import StopSignal
+from relayrl_shared.registry_client import RegistryClient
+from relayrl_shared.store.interface import Run, TrajectoryStore
+from relayrl_shared.store.open import open_store
+from relayrl_training_server.learner import Learner, is_passing
+from relayrl_training_server.settings import TrainingServerSettings
+
+RUN_FAILED_STATUS = 3
+"""Exit status where the run failed: started again, it would fail again."""
+
+RESTART_STATUS = 1
+"""Exit status where another start may go well: a lost lease, a store that is away."""
+
+_REGISTRY_SECONDS = 5.0
+_LOOK_SECONDS = 0.25
+
+LOG = logs.get_logger(__name__)
+
+
+def main(settings: TrainingServerSettings, run: str) -> int:
+    """Learns a run until a signal; returns the exit status: 0 after a stop.
+
+    Args:
+        settings: of the training server.
+        run: id or name of the run; it is waited for if it is not there yet.
+    """
+    logs.configure("training-server-learner", settings.log)
+    exporter = telemetry.configure("training-server-learner", settings.telemetry)
+    try:
+        with StopSignal() as stop:
+            return _serve(settings, run, stop)
+    finally:
+        exporter.close()
+
+
+def _serve(settings: TrainingServerSettings, name: str, stop: StopSignal) -> int:
+    store = open_store(
+        settings.store_url, writer_of="learner", allow_unsafe=settings.server.allow_unsafe_store
+    )
+    try:
+        run = wait_for_run(store, name, stop.event)
+        if run is None:
+            return 0
+        registry = RegistryClient(
+            settings.addresses.model_server_address.zmq, timeout_seconds=_REGISTRY_SECONDS
+        )
+        try:
+            return _learn(settings, with_timeout(run, settings), store, registry, stop)
+        finally:
+            registry.close()
+    finally:
+        store.close()
+
+
+def _learn(
+    settings: TrainingServerSettings,
+    run: Run,
+    store: TrajectoryStore,
+    registry: RegistryClient,
+    stop: StopSignal,
+) -> int:
+    metrics = CollectorRegistry()
+    try:
+        learner = Learner(run, store, registry, settings.run_directory(run.run_id), metrics=metrics)
+        app = http_api.create_app(
+            "training-server",
+            readiness=learner.readiness,
+            info=learner.info,
+            metrics=metrics,
+            drain=stop.stop,
+        )
+        with lifecycle.serve_http(app, settings.server.learner.http) as http:
+            learner.http_port = http.port
+            learner.run(stop.event)
+    except Exception as error:  # noqa: BLE001  # custom algorithms raise anything; the status tells which
+        LOG.error("the learner ends", run=run.name, reason=f"{type(error).__name__}: {error}")
+        return RESTART_STATUS if is_passing(error) else RUN_FAILED_STATUS
+    return 0
+
+
+def wait_for_run(store: TrajectoryStore, name: str, stop: threading.Event) -> Run | None:
+    """The run of that id or name, once it is there; None if `stop` came first."""
+    while not stop.is_set():
+        try:
+            run = store.run_by_id(name) or store.run_by_name(name)
+        except RelayRLError as error:
+            if not error.retryable:
+                raise
+            run = None
+        if run is not None:
+            return run
+        stop.wait(_LOOK_SECONDS)
+    return None
+
+
+def with_timeout(run: Run, settings: TrainingServerSettings) -> Run:
+    """The run with the server's collection timeout, where its settings have one."""
+    seconds = settings.server.collection_timeout_seconds
+    if seconds is None:
+        return run
+    changed = {**run.hyperparameters, "collection_timeout_seconds": seconds}
+    return msgspec.structs.replace(run, hyperparameters=changed)
