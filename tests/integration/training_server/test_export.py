@@ -340,7 +340,7 @@ def test_golden_vectors_of_a_policy_without_preference() -> None:
 def test_golden_vectors_of_a_large_action_space() -> None:
     """Where some of very many parts is always close, the clearest rows serve."""
     module = PolicyModule(
-        ObservationSpec.from_gymnasium(BOX), ActionSpec.from_gymnasium(spaces.MultiDiscrete([5] * 1500))
+        ObservationSpec.from_gymnasium(BOX), ActionSpec.from_gymnasium(spaces.MultiDiscrete([5] * 800))
     )
     randomise(module, 0)
     inputs, outputs = decode_golden(export.golden_vectors(module))
