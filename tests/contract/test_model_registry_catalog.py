@@ -30,21 +30,24 @@ from relayrl_shared.errors import (
     UnknownPolicyVersion,
 )
 from relayrl_shared.policy.manifest import PolicyArtefact, PolicyManifest
+from relayrl_shared.testing.postgres import PostgresServer
 from relayrl_shared.testing.registry import free_ports, opaque_artefact
 
+POSTGRES = ("packaged", "system")
 
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+
+@pytest.fixture(
+    params=["sqlite", *(pytest.param(f"{kind}_postgres", marks=pytest.mark.postgres) for kind in POSTGRES)]
+)
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """An empty database of each kind."""
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/state/registry.sqlite"
-    url: str = request.getfixturevalue("postgres_url")
-    engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://", 1))
-    with engine.begin() as connection:
-        tables.metadata.drop_all(connection)
-        connection.execute(sa.text(f"DROP TABLE IF EXISTS {VERSION_TABLE}"))
-    engine.dispose()
-    return url
+        yield f"sqlite:///{tmp_path}/state/registry.sqlite"
+        return
+    server: PostgresServer = request.getfixturevalue(request.param)
+    url = server.create_database()
+    yield url
+    server.drop_database(url)
 
 
 @pytest.fixture
