@@ -29,6 +29,7 @@ from relayrl_cli.addresses import (
     read_stack_file,
 )
 from relayrl_cli.processes import ManagedProcess, ProcessSpec, RestartPolicy, wait_until
+from relayrl_cli.service_settings import default_store, service_settings
 from relayrl_shared.errors import RelayRLError
 
 READY_SECONDS = 60.0
@@ -71,11 +72,12 @@ def plan_stack(
         extra: `service.dotted.key=value`, over the files, such as `model_registry.log.level=debug`.
     """
     directory = directory.absolute()
-    store = store or f"sqlite:///{directory / 'training-server'}"
+    store = store or default_store(directory)
+    settings = service_settings(directory, ports, store)
     services = (
-        ("model_registry", (), ports.registry_http, _registry_settings(directory, ports)),
-        ("training_server", ("supervise",), ports.training_http, _training_settings(directory, ports, store)),
-        ("inference_server", (), ports.inference_http, _inference_settings(ports)),
+        ("model_registry", (), ports.registry_http),
+        ("training_server", ("supervise",), ports.training_http),
+        ("inference_server", (), ports.inference_http),
     )
     processes = [
         ProcessSpec(
@@ -83,45 +85,14 @@ def plan_stack(
             command=(
                 *(sys.executable, "-m", f"relayrl_{service}", *command),
                 *_config_arguments(service, configuration),
-                *_set_arguments(settings, service, extra),
+                *_set_arguments(settings[service], service, extra),
             ),
             url=f"http://{LOOPBACK}:{port}",
             log=directory / "logs" / f"{service.replace('_', '-')}.log",
         )
-        for service, command, port, settings in services
+        for service, command, port in services
     ]
     return StackPlan(directory, store, Addresses.of(ports), tuple(processes))
-
-
-def _registry_settings(directory: Path, ports: Ports) -> dict[str, object]:
-    return {
-        "directory": directory / "registry",
-        "model_server.port": ports.model_server,
-        "model_announcer.port": ports.model_announcer,
-        "http.port": ports.registry_http,
-    }
-
-
-def _training_settings(directory: Path, ports: Ports, store: str) -> dict[str, object]:
-    server, addresses = "training_server_config", "transport_config.zmq_addresses.training_addresses"
-    return {
-        f"{server}.directory": directory / "training-server",
-        f"{server}.store": store,
-        f"{server}.http.port": ports.training_http,
-        f"{server}.ingest.http.port": ports.ingest_http,
-        f"{addresses}.agent_listener_address.port": ports.agent_listener,
-        f"{addresses}.trajectory_server_address.port": ports.trajectory_server,
-        f"{addresses}.model_server_address.port": ports.model_server,
-    }
-
-
-def _inference_settings(ports: Ports) -> dict[str, object]:
-    return {
-        "inference_server.port": ports.inference_server,
-        "model_server.port": ports.model_server,
-        "model_announcer.port": ports.model_announcer,
-        "http.port": ports.inference_http,
-    }
 
 
 def _config_arguments(service: str, configuration: Path | None) -> tuple[str, ...]:
@@ -129,7 +100,7 @@ def _config_arguments(service: str, configuration: Path | None) -> tuple[str, ..
     return ("--config", str(file)) if file is not None and file.is_file() else ()
 
 
-def _set_arguments(settings: dict[str, object], service: str, extra: Sequence[str]) -> list[str]:
+def _set_arguments(settings: dict[str, str], service: str, extra: Sequence[str]) -> list[str]:
     pairs = [f"{key}={value}" for key, value in settings.items()]
     pairs += [pair.removeprefix(f"{service}.") for pair in extra if pair.startswith(f"{service}.")]
     return [part for pair in pairs for part in ("--set", pair)]

@@ -40,9 +40,9 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
 
 
 def configure(service: str, settings: LogSettings) -> None:
-    """Sends all that this process logs to stderr and `settings.file`; a second call replaces the first."""
+    """Sends all that this process logs where the settings say; a second call replaces the first."""
     formatter = JsonFormatter(service) if settings.format == "json" else ConsoleFormatter()
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)] if settings.stderr else []
     if settings.file is not None:
         handlers.append(logging.FileHandler(settings.file, encoding="utf-8"))
     _replace_handlers(handlers, formatter)

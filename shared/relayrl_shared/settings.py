@@ -94,11 +94,12 @@ class HttpSettings(Settings, frozen=True, kw_only=True):
 
 
 class LogSettings(Settings, frozen=True, kw_only=True):
-    """What is logged and how. `levels`: logger name → level, over `level`. `file` gets what stderr gets."""
+    """What is logged and how. `levels`: logger name → level, over `level`. `file` gets the same lines."""
 
     level: LogLevel = "info"
     levels: dict[str, LogLevel] = {}
     format: Literal["console", "json"] = "json"
+    stderr: bool = True
     file: str | None = None
 
 

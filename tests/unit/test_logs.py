@@ -38,6 +38,16 @@ def test_an_event_is_one_json_line_with_its_fields(
     }
 
 
+def test_stderr_can_be_left_to_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A program that draws on the terminal logs to its file only."""
+    file = tmp_path / "log"
+    logs.configure("x", LogSettings(file=str(file), stderr=False))
+
+    logs.get_logger("a").warning("quiet")
+
+    assert (capsys.readouterr().err, lines(file)[0]["event"]) == ("", "quiet")
+
+
 def test_an_exception_is_a_field_of_its_event(tmp_path: Path) -> None:
     """The traceback stays on the event's line."""
     file = tmp_path / "log"
