@@ -45,7 +45,8 @@ class LoadedPolicy:
     """A policy version that can act. Immutable; `run` may be called from several threads.
 
     Attributes: manifest; policy_version (None before publication); learner_update; input_names and
-    output_names in graph order; template, the parsed graph that the next version reuses.
+    output_names in graph order; session, the ONNX Runtime session; template, the parsed graph that the next
+    version reuses.
     """
 
     __slots__ = (
@@ -58,12 +59,14 @@ class LoadedPolicy:
         "output_names",
         "outputs",
         "policy_version",
+        "session",
         "template",
     )
 
     def __init__(self, manifest: PolicyManifest, session: Any, template: GraphTemplate) -> None:
         self.manifest = manifest
         self.template = template
+        self.session = session
         self.policy_version = manifest.policy_version
         self.learner_update = manifest.learner_update
         self.inputs = input_ports(manifest)
