@@ -1,8 +1,8 @@
 """What the benchmarks share: interleaved timing, medians, one JSON line a figure, `--quick` and `--check`.
 
-A figure is a ratio of things measured in turn in one run, with verified answers, since absolute times are the
-machine's. `--quick` measures briefly; `--check` fails where a ratio misses its target (never used by CI, which
-asserts counts and correctness only).
+A figure is a ratio of things measured in turn in one run, with verified answers, since absolute times are
+the machine's. `--quick` measures briefly; `--check` fails where a ratio misses its target (not used by CI,
+which asserts counts and correctness only).
 """
 
 from __future__ import annotations

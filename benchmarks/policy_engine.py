@@ -1,4 +1,4 @@
-"""Acting by a policy artefact: `LoadedPolicy.run` against the bare ONNX Runtime call and an eager torch forward.
+"""Acting by a policy artefact: `LoadedPolicy.run` against bare ONNX Runtime and an eager torch forward.
 
 All three run the same weights on the same inputs, sampling and log-probs included, and their answers are
 compared before anything is timed. Also: the time of an export and of a swap to the next version.
