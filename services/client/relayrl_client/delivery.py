@@ -11,8 +11,9 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from relayrl_client.routers import Router, RouterStatistics
+from relayrl_client.routers import DEFAULT_MAX_SEGMENTS, Router, RouterStatistics
 from relayrl_client.segments import ClosedSegment
 from relayrl_client.sinks import FileSink, MemorySink, Sink
 from relayrl_client.spool import AtLimit, Spool, SpoolStatistics, adopt_orphans
@@ -46,20 +47,23 @@ class RoutedDelivery:
         files: FileSink | None = None,
         transport: TransportSink | None = None,
         routers: int = 1,
-        max_segments: int = 4096,
+        max_segments: int = DEFAULT_MAX_SEGMENTS,
+        at_limit: Literal["block", "refuse"] = "block",
     ) -> None:
         self.memory = memory
         self.files = files
         self.transport = transport
         self._sinks: list[Sink] = [sink for sink in (memory, files, transport) if sink is not None]
         self._routers = [
-            Router(self._sinks, max_segments=max_segments, name=f"router {index}") for index in range(routers)
+            Router(self._sinks, max_segments=max_segments, at_limit=at_limit, name=f"router {index}")
+            for index in range(routers)
         ]
 
     def submit(self, segment: ClosedSegment) -> None:
-        """Queues a segment; blocks while its router's queue is full.
+        """Queues a segment; blocks while its router's queue is full, or refuses.
 
         Raises:
+            Overloaded: the queue is full, and the policy is `refuse`.
             SpoolError: the delivery is closed.
         """
         routers = self._routers
@@ -205,4 +209,5 @@ def open_delivery(
         files=FileSink(schema, file_directory) if "files" in data_mode else None,
         transport=transport,
         routers=routers,
+        at_limit="refuse" if spool_at_limit == "refuse" else "block",
     )

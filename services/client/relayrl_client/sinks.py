@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import deque
@@ -25,6 +26,7 @@ from relayrl_shared.trajectory import RecordSchema, Trajectory
 __all__ = ["FileSink", "MemorySink", "Sink", "TransportSink", "read_trajectories"]
 
 FILE_SUFFIX = ".arrow"
+_FLUSH_AFTER_FILES = 1024
 
 
 class Sink(Protocol):
@@ -129,7 +131,8 @@ class FileSink:
         self._schema = schema
         self._digest = schema_digest(schema)
         self.directory = Path(directory)
-        self._unsynced: list[Path] = []
+        self._lock = threading.Lock()
+        self._unsynced: deque[Path] = deque()
         self.written_total = 0
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -155,25 +158,39 @@ class FileSink:
         except OSError as exc:
             temporary.unlink(missing_ok=True)
             raise SpoolError(f"{path} cannot be written: {exc}") from exc
-        self._unsynced.append(path)
-        self.written_total += 1
+        with self._lock:
+            self._unsynced.append(path)
+            self.written_total += 1
+        if len(self._unsynced) >= _FLUSH_AFTER_FILES:
+            self.flush(0.0)
 
     def flush(self, timeout_seconds: float) -> bool:
-        """Makes the files durable."""
-        paths, self._unsynced = self._unsynced, []
-        for path in paths:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        if paths:
-            fsync_directory(self.directory)
+        """Makes the files durable. Files that were taken away meanwhile are their taker's.
+
+        Raises:
+            SpoolError: the disk refuses; it is tried again at the next flush.
+        """
+        with self._lock:
+            while self._unsynced:
+                path = self._unsynced[0]
+                try:
+                    _fsync_file(path)
+                except OSError as exc:
+                    raise SpoolError(f"{path} cannot be made durable: {exc}") from exc
+                self._unsynced.popleft()
         return True
 
     def close(self) -> None:
         """Makes the files durable."""
         self.flush(0.0)
+
+
+def _fsync_file(path: Path) -> None:
+    """Makes a file and its name durable; nothing where it was taken away."""
+    with contextlib.suppress(FileNotFoundError):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        fsync_directory(path.parent)
 
 
 def read_trajectories(path: Path | str) -> Iterator[Trajectory]:

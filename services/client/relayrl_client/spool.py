@@ -19,11 +19,12 @@ from typing import Literal
 
 import msgspec
 
-from relayrl_client.spool_files import SEGMENT_SUFFIX, SegmentFile, SpoolDirectory, take_lock
+from relayrl_client.spool_files import SegmentFile, SpoolDirectory, take_lock
 from relayrl_client.spool_index import SpooledTrajectory, SpoolEntry, SpoolIndex
-from relayrl_client.spool_records import SEGMENT_MAGIC, decode_record, encode_record
+from relayrl_client.spool_records import Scan, decode_record, encode_record
+from relayrl_client.spool_segments import SegmentSet
 from relayrl_shared.arrow_codec import body_digest
-from relayrl_shared.errors import SpoolError
+from relayrl_shared.errors import MessageTooLarge, SpoolError
 from relayrl_shared.identifiers import new_id
 from relayrl_shared.messages import SpoolReport
 from relayrl_shared.trajectory import TrajectoryMetadata
@@ -93,14 +94,11 @@ class Spool:
         self.path = Path(directory) / self.spool_id
         self._limit_bytes = limit_bytes
         self._at_limit = at_limit
-        self._segment_bytes = max(1, min(segment_bytes, limit_bytes // 4))
         self._fsync = fsync
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._count = SpoolStatistics()
         self._listener: OnAccepted | None = None
-        self._segments: dict[Path, SegmentFile] = {}
-        self._active: SegmentFile | None = None
         self._unsynced: list[SpoolEntry] = []
         self._unsynced_bytes = 0
         self._memory_bytes = memory_bytes
@@ -108,6 +106,8 @@ class Spool:
         self._closing = False
         self._directory = SpoolDirectory(self.path, ephemeral=spool_id is None, lock=lock)
         self._index = SpoolIndex(self._directory.state, memory_bytes)
+        file_bytes = max(1, min(segment_bytes, limit_bytes // 4))
+        self._segments = SegmentSet(self._directory, file_bytes, self._save_state)
         try:
             with self._lock:
                 self._recover()
@@ -120,20 +120,16 @@ class Spool:
     # ---- opening ------------------------------------------------------------------------------------------
 
     def _recover(self) -> None:
-        paths = self._directory.segment_paths()
-        self._next_number = int(paths[-1].stem) + 1 if paths else 1
-        for path in paths:
-            self._recover_segment(path)
+        for segment, found, acknowledged in self._segments.recover():
+            self._recover_segment(segment, found, acknowledged)
         self._count.recovered_total = len(self._index)
 
-    def _recover_segment(self, path: Path) -> None:
-        segment, found, acknowledged = SegmentFile.recover(path)
-        self._segments[path] = segment
+    def _recover_segment(self, segment: SegmentFile, found: Scan, acknowledged: set[int]) -> None:
         for metadata in found.corrupt:
             self._index.note_written(metadata.run_id, metadata.sequence)
             self._count_drop(metadata.run_id, metadata.sequence, metadata.trajectory_id, "damaged on disk")
         if found.torn_bytes:
-            _log.warning("cut %d bytes of an incomplete record off %s", found.torn_bytes, path)
+            _log.warning("cut %d bytes of an incomplete record off %s", found.torn_bytes, segment.path)
             self._count.torn_bytes += found.torn_bytes
             segment.cut(found.end)
         self._fsync(segment.descriptor)
@@ -146,7 +142,7 @@ class Spool:
                 entry = self._entry(metadata, segment, record.offset, record.size)
                 self._index.add(entry)
                 self._index.accept(entry)
-        self._delete_if_done(segment)
+        self._segments.delete_if_done(segment)
 
     def _forget_earlier_copy(self, metadata: TrajectoryMetadata) -> None:
         """An entry that was written again after a failed fsync counts once, where it was written last."""
@@ -207,6 +203,7 @@ class Spool:
 
         Raises:
             SpoolError: at the limit, disk full, or closed. Nothing was written and no sequence is used.
+            MessageTooLarge: above the limit by itself; it will never fit.
         """
         digest = metadata.body_digest or body_digest(body, final_observation)
         size = len(body) + len(final_observation or b"") + 1024
@@ -229,13 +226,11 @@ class Spool:
     def _write(self, trajectory: SpooledTrajectory) -> SpoolEntry:
         metadata = trajectory.metadata
         buffers = encode_record(metadata, bytes(trajectory.body), _as_bytes(trajectory.final_observation))
-        size = sum(map(len, buffers))
         try:
-            segment = self._segment_for(size)
-            offset = segment.append(buffers)
+            segment, offset = self._segments.append(buffers)
         except OSError as exc:
             raise self._write_error(exc) from exc
-        entry = self._entry(metadata, segment, offset, size)
+        entry = self._entry(metadata, segment, offset, sum(map(len, buffers)))
         entry.cached = trajectory
         return entry
 
@@ -243,28 +238,9 @@ class Spool:
         self._count.write_errors_total += 1
         return SpoolError(f"the spool {self.path} cannot be written: {exc}; free space on its disk")
 
-    def _segment_for(self, size: int) -> SegmentFile:
-        """The file for the next record; a new one where the current is full, broken or absent."""
-        active = self._active
-        if active is not None and not active.broken and active.size_bytes + size <= self._segment_bytes:
-            return active
-        if active is not None and not active.broken and active.size_bytes == len(SEGMENT_MAGIC):
-            return active
-        path = self.path / f"{self._next_number:012d}{SEGMENT_SUFFIX}"
-        created = SegmentFile.create(path)
-        self._next_number += 1
-        self._segments[path] = created
-        self._active = created
-        if active is not None:
-            self._delete_if_done(active)
-        return created
-
-    def _used_bytes(self) -> int:
-        return sum(segment.size_bytes for segment in self._segments.values())
-
     def _make_room(self, size: int, timeout_seconds: float | None) -> None:
         if size > self._limit_bytes:
-            raise SpoolError(f"a trajectory of {size} bytes; the spool's limit_bytes is {self._limit_bytes}")
+            raise MessageTooLarge(f"a trajectory of {size} bytes; limit_bytes is {self._limit_bytes}")
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         while True:
             if self._closing:
@@ -273,13 +249,14 @@ class Spool:
                 raise SpoolError(self._failure)
             if self._unsynced_bytes > self._memory_bytes:
                 self._wait(deadline, "waits for its disk")
-            elif self._used_bytes() + size <= self._limit_bytes:
+            elif self._segments.used_bytes + size <= self._limit_bytes:
                 return
             elif not self._free_some():
                 self._wait_for_room(deadline)
 
     def _wait_for_room(self, deadline: float | None) -> None:
-        full = f"holds {self._used_bytes()} of {self._limit_bytes} bytes; is the training server reachable?"
+        held = f"holds {self._segments.used_bytes} of {self._limit_bytes} bytes"
+        full = f"{held}; is the training server reachable?"
         if self._at_limit == "refuse":
             raise SpoolError(f"the spool {self.path} {full}")
         self._wait(deadline, full)
@@ -292,29 +269,20 @@ class Spool:
 
     def _free_some(self) -> bool:
         """Deletes files that need not, or by policy will not, be kept; whether bytes came free."""
-        before = self._used_bytes()
-        active = self._active
-        if active is not None and active.pending == 0 and active.size_bytes > len(SEGMENT_MAGIC):
-            self._active = None
-        for segment in list(self._segments.values()):
-            self._delete_if_done(segment)
-        if self._used_bytes() < before:
+        if self._segments.free_done():
             return True
         return self._at_limit == "drop_oldest" and self._drop_oldest_segment()
 
     def _drop_oldest_segment(self) -> bool:
-        for segment in list(self._segments.values()):
+        for segment in self._segments:
             entries = [entry for entry in self._index if entry.segment is segment]
             if not all(entry.accepted for entry in entries):
-                continue
+                continue  # its fsync may be under way
             for entry in entries:
                 self._index.remove(*entry.key)
                 segment.acknowledge(entry.offset)
                 self._count_drop(*entry.key, entry.trajectory_id, "the spool is at its limit")
-            if segment is self._active:
-                self._active = None
-            self._delete_if_done(segment)
-            return segment.path not in self._segments
+            return self._segments.free_done()
         return False
 
     def _count_drop(self, run_id: str, sequence: int, trajectory_id: str, why: str) -> None:
@@ -364,7 +332,7 @@ class Spool:
         with self._lock:
             self._count.write_errors_total += 1
             self._failure = f"the spool {self.path} cannot be made durable: {cause}; free space on its disk"
-            self._active = None
+            self._segments.retire_active()
             entries.extend(self._unsynced)
             self._unsynced = []
             for entry in entries:
@@ -382,7 +350,7 @@ class Spool:
         except SpoolError:
             return False
         entry.segment.pending -= 1
-        self._delete_if_done(entry.segment)
+        self._segments.delete_if_done(entry.segment)
         entry.segment, entry.offset = copy.segment, copy.offset
         entry.segment.pending += 1
         return True
@@ -481,21 +449,15 @@ class Spool:
 
     def _release(self, entry: SpoolEntry) -> None:
         entry.segment.acknowledge(entry.offset)
-        self._delete_if_done(entry.segment)
+        self._segments.delete_if_done(entry.segment)
         self._changed.notify_all()
 
-    def _delete_if_done(self, segment: SegmentFile) -> None:
-        """Deletes a file without pending records, after its sequences are safe in the state file."""
-        if segment.pending or segment is self._active or segment.path not in self._segments:
-            return
+    def _save_state(self) -> None:
         try:
             self._directory.save(self._index.state(self._directory.state.ephemeral))
-        except OSError as exc:
-            self._write_error(exc)
-            return
-        del self._segments[segment.path]
-        segment.delete()
-        self._changed.notify_all()
+        except OSError:
+            self._count.write_errors_total += 1
+            raise
 
     # ---- knowing ------------------------------------------------------------------------------------------
 
@@ -517,7 +479,7 @@ class Spool:
         """The counters now."""
         with self._lock:
             self._count.pending_entries = len(self._index)
-            self._count.size_bytes = self._used_bytes()
+            self._count.size_bytes = self._segments.used_bytes
             return replace(self._count)
 
     # ---- closing ------------------------------------------------------------------------------------------
@@ -534,11 +496,7 @@ class Spool:
             self._changed.notify_all()
         self._thread.join()
         with self._lock:
-            self._active = None
-            for segment in list(self._segments.values()):
-                self._delete_if_done(segment)
-            for segment in self._segments.values():
-                segment.close()
+            self._segments.close()
             self._directory.close(empty=not self._segments)
 
     def __enter__(self) -> Spool:

@@ -41,6 +41,7 @@ RUN_IS_GONE = frozenset({"unknown_run", "run_gone"})
 
 _CONNECT_POLL_SECONDS = 0.1
 _IDLE_SECONDS = 5.0
+_ROOM_SECONDS = 0.5  # how long one write waits for room; the router repeats it, and can be stopped between
 
 _log = logging.getLogger(__name__)
 
@@ -371,7 +372,7 @@ class TransportSink:
         metadata = msgspec.structs.replace(
             segment.metadata, schema_digest=self._digest, body_digest=body_digest(body, encoded)
         )
-        self.spool.append(metadata, body, encoded)
+        self.spool.append(metadata, body, encoded, timeout_seconds=_ROOM_SECONDS)
 
     def flush(self, timeout_seconds: float) -> bool:
         """Waits until everything written is accepted (durable here, not yet at the server)."""

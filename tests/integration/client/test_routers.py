@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -272,3 +273,56 @@ def test_offline_modes(mode: str, memory: bool, files: bool, tmp_path: Path) -> 
     assert not (tmp_path / "spool").exists()
     assert delivery.spool_reports("run") == ()
     delivery.close(1.0)
+
+
+def test_full_spool_does_not_hold_up_the_end(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    """With the server away and the spool at its limit, close ends at its deadline."""
+    delivery = open_delivery(
+        "online",
+        SCHEMA,
+        address=f"tcp://127.0.0.1:{free_port()}",
+        spool_directory=tmp_path,
+        spool_limit_bytes=5000,
+    )
+    for number in range(10):
+        delivery.submit(segment(number))
+    with pytest.raises(SpoolError, match="is the training server reachable"):
+        delivery.flush(1.5)
+
+    begun = time.monotonic()
+    delivery.close(0.2)
+
+    assert time.monotonic() - begun < 5
+    (statistics,) = delivery.router_statistics()
+    assert 0 < statistics.written_total < 10
+
+
+def test_spool_that_refuses_makes_submit_refuse(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    """Under `refuse` the caller hears of a full spool as soon as the queue is full, too."""
+    delivery = open_delivery(
+        "online",
+        SCHEMA,
+        address=f"tcp://127.0.0.1:{free_port()}",
+        spool_directory=tmp_path,
+        spool_limit_bytes=5000,
+        spool_at_limit="refuse",
+    )
+    small = segment(0)
+
+    def submit_more_than_the_queue_holds() -> None:
+        for _ in range(5000):
+            delivery.submit(small)
+
+    with pytest.raises(Overloaded, match=r"segments wait to be written: .*reachable"):
+        submit_more_than_the_queue_holds()
+
+    delivery.close(0.1)
+
+
+def test_files_taken_away_do_not_stop_a_flush(tmp_path: Path) -> None:
+    """A reader may move files before they are flushed."""
+    sink = FileSink(SCHEMA, tmp_path)
+    sink.write(segment(0))
+    next(tmp_path.glob("*.arrow")).unlink()
+
+    assert sink.flush(1.0)

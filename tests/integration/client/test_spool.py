@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from relayrl_client.spool import Spool, adopt_orphans
 from relayrl_client.spool_index import SpoolEntry
 from relayrl_client.spool_records import SEGMENT_MAGIC, decode_record
-from relayrl_shared.errors import SpoolError
+from relayrl_shared.errors import MessageTooLarge, SpoolError
 from relayrl_shared.messages import SpoolReport
 from relayrl_shared.testing.trajectories import make_metadata
 
@@ -315,7 +315,7 @@ def test_late_acknowledgement_of_a_dropped_entry_takes_it_back(open_spool: Calla
 
 def test_trajectory_above_the_limit_is_refused_at_once(open_spool: Callable[..., Spool]) -> None:
     """What can never fit does not wait for room."""
-    with pytest.raises(SpoolError, match="limit_bytes"):
+    with pytest.raises(MessageTooLarge, match="limit_bytes"):
         open_spool(limit_bytes=1000).append(make_metadata(1), b"x" * 2000)
 
 
@@ -385,7 +385,7 @@ def test_failed_fsync_writes_again_and_accepts_then(open_spool: Callable[..., Sp
 DISK_FULL = """
 import resource, sys
 from relayrl_client.spool import Spool
-from relayrl_shared.errors import SpoolError
+from relayrl_shared.errors import MessageTooLarge, SpoolError
 from relayrl_shared.testing.trajectories import make_metadata
 
 spool = Spool(sys.argv[1], "spool")
