@@ -21,7 +21,7 @@ from relayrl_training_server.settings import SupervisorSettings
 
 LOG = logs.get_logger(__name__)
 
-State = Literal["running", "restarting", "down", "finished", "failed", "stopped"]
+State = Literal["running", "restarting", "down", "failed", "stopped"]
 
 RUN_FAILED_STATUS = 3
 """Exit status of a learner whose run has failed: started again, it would fail again."""
@@ -31,11 +31,11 @@ MODULE = ("-m", "relayrl_training_server")
 
 @dataclass(frozen=True, slots=True)
 class ChildSpec:
-    """What to run. `may_finish`: status 0 is the end of its work, 3 its failure for good."""
+    """What to run. `final_status`: an exit that is the end of it; after any other it is started again."""
 
     name: str
     arguments: tuple[str, ...]
-    may_finish: bool = False
+    final_status: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class _Child:
         )
 
     def _problem(self) -> str | None:
-        if self.state in ("running", "finished", "stopped"):
+        if self.state in ("running", "stopped"):
             return None
         why = f" after {self.last_exit}" if self.last_exit else ""
         if self.state == "failed":
@@ -206,9 +206,9 @@ class ChildKeeper:
         if return_code is None:
             return
         child.last_exit = describe_exit(return_code)
-        if return_code in (0, RUN_FAILED_STATUS) and child.spec.may_finish:
-            child.state = "failed" if return_code else "finished"
-            LOG.warning("child has ended for good", child=child.spec.name, state=child.state)
+        if return_code == child.spec.final_status:
+            child.state = "failed"
+            LOG.error("child has ended for good", child=child.spec.name, exit=child.last_exit)
             return
         lived = now - child.started_at
         child.deaths_in_a_row = 1 if lived >= self._settings.stable_seconds else child.deaths_in_a_row + 1

@@ -24,7 +24,7 @@ from relayrl_shared.settings import HttpSettings
 from relayrl_shared.store.interface import Run, TrajectoryStore
 from relayrl_shared.store.open import open_store
 from relayrl_training_server.app import create_supervisor_app
-from relayrl_training_server.children import ChildKeeper, ChildSpec, ChildStatus
+from relayrl_training_server.children import RUN_FAILED_STATUS, ChildKeeper, ChildSpec, ChildStatus
 from relayrl_training_server.settings import TrainingServerSettings
 from relayrl_training_server.supervisor_metrics import watch_children
 
@@ -97,7 +97,7 @@ class Supervisor:
         wanted = [ChildSpec(INGEST, (INGEST,))] if options.start_ingest else []
         if options.start_learners:
             wanted += [
-                ChildSpec(learner_name(run), ("learn", "--run", run.run_id), may_finish=True)
+                ChildSpec(learner_name(run), ("learn", "--run", run.run_id), RUN_FAILED_STATUS)
                 for run in self._runs
                 if run.state in ("active", "paused")
             ]

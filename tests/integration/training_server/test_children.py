@@ -100,19 +100,19 @@ def test_a_child_that_lived_long_enough_starts_over(keep: Keep) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "may_finish", "state"),
-    [(("die", "0"), True, "finished"), (("die", "3"), True, "failed"), (("die", "0"), False, "down")],
+    ("final_status", "state", "deaths"), [(3, "failed", 0), (None, "down", 3), (4, "down", 3)]
 )
 def test_an_end_that_is_final_is_not_repeated(
-    keep: Keep, arguments: tuple[str, ...], may_finish: bool, state: str
+    keep: Keep, final_status: int | None, state: str, deaths: int
 ) -> None:
-    """A learner that has finished or whose run has failed is left alone; ingest never finishes."""
+    """A learner whose run has failed is left alone; after any other exit a child is started again."""
     keeper = keep()
-    keeper.want([ChildSpec("c", arguments, may_finish=may_finish)])
+    keeper.want([ChildSpec("c", ("die", "3"), final_status)])
 
     status = poll_until(keeper, lambda statuses: statuses["c"].state == state)
 
-    assert (status.problem is None) == (state == "finished")
+    assert status.deaths_total == deaths
+    assert status.problem is not None
 
 
 def test_a_child_that_is_no_longer_wanted_is_stopped_and_may_come_back(keep: Keep) -> None:
