@@ -6,8 +6,9 @@ Each is a mapping of dotted settings key → text, as `--set` takes it.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from relayrl_cli.addresses import Ports
+from relayrl_cli.addresses import LOOPBACK, Ports
 
 Overrides = dict[str, str]
 
@@ -55,3 +56,25 @@ def _inference(ports: Ports) -> Overrides:
         "model_announcer.port": str(ports.model_announcer),
         "http.port": str(ports.inference_http),
     }
+
+
+def client_config(directory: Path, ports: Ports) -> dict[str, Any]:
+    """`client_config.json` for applications of a stack on this machine."""
+    return {
+        "client_config": {"spool": {"directory": str(directory / "client" / "spool")}},
+        "transport_config": {
+            "zmq_addresses": {
+                "inference_addresses": {"inference_server_address": _address(ports.inference_server)},
+                "training_addresses": {
+                    "model_server_address": _address(ports.model_server),
+                    "model_announcer_address": _address(ports.model_announcer),
+                    "trajectory_server_address": _address(ports.trajectory_server),
+                    "agent_listener_address": _address(ports.agent_listener),
+                },
+            }
+        },
+    }
+
+
+def _address(port: int) -> dict[str, Any]:
+    return {"host": LOOPBACK, "port": port}

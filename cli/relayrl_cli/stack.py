@@ -17,7 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+import msgspec
 
 from relayrl_cli.addresses import (
     LOOPBACK,
@@ -29,9 +31,10 @@ from relayrl_cli.addresses import (
     read_stack_file,
 )
 from relayrl_cli.processes import ManagedProcess, ProcessSpec, RestartPolicy, wait_until
-from relayrl_cli.service_settings import default_store, service_settings
+from relayrl_cli.service_settings import client_config, default_store, service_settings
 from relayrl_shared.errors import RelayRLError
 
+CLIENT_CONFIG = "client_config.json"
 READY_SECONDS = 60.0
 DRAIN_SECONDS = 25.0
 WATCH_SECONDS = 0.1
@@ -45,12 +48,16 @@ class StackError(RelayRLError):
 
 @dataclass(frozen=True, slots=True)
 class StackPlan:
-    """Everything about a stack before it starts. `processes` in the order in which they start."""
+    """Everything about a stack before it starts. `processes` in the order in which they start.
+
+    client_config is written beside the state, for applications of this stack.
+    """
 
     directory: Path
     store: str
     addresses: Addresses
     processes: tuple[ProcessSpec, ...]
+    client_config: dict[str, Any] = field(default_factory=dict)
     restart: RestartPolicy = field(default_factory=RestartPolicy)
 
 
@@ -92,7 +99,8 @@ def plan_stack(
         )
         for service, command, port in services
     ]
-    return StackPlan(directory, store, Addresses.of(ports), tuple(processes))
+    config = client_config(directory, ports)
+    return StackPlan(directory, store, Addresses.of(ports), tuple(processes), config)
 
 
 def _config_arguments(service: str, configuration: Path | None) -> tuple[str, ...]:
@@ -132,6 +140,8 @@ class Stack:
         """
         self._refuse_second_stack()
         self.plan.directory.mkdir(parents=True, exist_ok=True)
+        config = msgspec.json.format(msgspec.json.encode(self.plan.client_config), indent=2)
+        (self.plan.directory / CLIENT_CONFIG).write_bytes(config)
         for process in self._processes:
             with self._lock:
                 process.start()

@@ -65,6 +65,7 @@ class TrainingSession:
         self._first_step_at: float | None = None
         self._seconds = 0.0
         self._outcome: Outcome | None = None
+        self._acted: tuple[int | None, int | None] = (None, None)
 
     def run(self, stop: threading.Event, view: View) -> Outcome:
         """Trains until the target return, the last step, or `stop`; then delivers what was recorded.
@@ -160,13 +161,13 @@ class TrainingSession:
 
     def _acting(self) -> tuple[int | None, int | None]:
         """Version in use, and the finished updates that it comes from (known for local inference only)."""
-        if not self._agent.is_running:
-            return None, None
-        runtime = self._agent.runtime
-        version = runtime.inference.policy_version
-        if runtime.slot is None or runtime.slot.is_empty:
-            return (version if version >= 0 else None), None
-        return version, runtime.slot.current.learner_update
+        if self._agent.is_running:
+            runtime = self._agent.runtime
+            version = runtime.inference.policy_version
+            slot = runtime.slot
+            update = None if slot is None or slot.is_empty else slot.current.learner_update
+            self._acted = (version if version >= 0 else None, update)
+        return self._acted
 
     def _describe(self, *, interrupted: bool) -> Outcome:
         version, _ = self._acting()

@@ -56,10 +56,12 @@ def _train_in_process(plan: TrainingPlan, directory: Path | None, stop: threadin
 
 def summary(plan: TrainingPlan, outcome: Outcome) -> str:
     """What was reached and what was kept, in a few lines."""
-    mean = "no episode ended" if outcome.mean_return is None else f"mean return {outcome.mean_return:.1f}"
+    mean = "no episode ended"
+    if outcome.mean_return is not None:
+        mean = f"mean return {outcome.mean_return:.1f} over the last 100 training episodes"
     lines = [
         f"run {plan.run}: {outcome.steps:,} steps, {outcome.episodes:,} episodes in {outcome.seconds:.1f} s; "
-        f"{mean} over the last 100 training episodes; policy version {outcome.policy_version}"
+        f"{mean}; policy version {outcome.policy_version if outcome.policy_version >= 0 else 'none yet'}"
     ]
     if outcome.interrupted:
         lines.append("interrupted; what was recorded is kept")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from relayrl_cli.addresses import Ports
-from relayrl_cli.stack import Stack, plan_stack
+from relayrl_cli.stack import CLIENT_CONFIG, Stack, plan_stack
 from relayrl_shared.errors import ConfigError
 from relayrl_shared.lifecycle import StopSignal
 
@@ -26,6 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     with StopSignal(on_force=stack.kill) as stop, stack:
         if stack.start(stop.event):
             _say(f"all services are ready; state in {plan.directory}; Ctrl-C stops them")
+            _say(f"applications find them by {plan.directory / CLIENT_CONFIG}")
             _say(f"try: relayrl train --preset cartpole-ppo --dir {arguments.directory}")
             _wait(stop, stack)
         _say("draining")

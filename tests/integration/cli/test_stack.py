@@ -51,7 +51,9 @@ class Stage:
         """A stack of children `p0`, `p1`, … with the given modes."""
         specs = tuple(self._spec(f"p{index}", mode) for index, mode in enumerate(modes))
         policy = restart or RestartPolicy(delay_seconds=0.01)
-        stack = Stack(StackPlan(self.directory, "sqlite:///x", Addresses(), specs, policy), self.lines.append)
+        stack = Stack(
+            StackPlan(self.directory, "sqlite:///x", Addresses(), specs, {}, policy), self.lines.append
+        )
         self._stacks.append(stack)
         return stack
 
