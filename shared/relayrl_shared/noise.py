@@ -28,14 +28,15 @@ _Words = NDArray[np.uint64]
 
 _LOW_32 = np.uint64(0xFFFFFFFF)
 _SHIFT_32 = np.uint64(32)
-_MULTIPLIER_0 = np.uint64(0xD2511F53)
-_MULTIPLIER_1 = np.uint64(0xCD9E8D57)
+_MULTIPLIERS = np.array((0xD2511F53, 0xCD9E8D57), np.uint64)
 _WEYL_0 = 0x9E3779B9
 _WEYL_1 = 0xBB67AE85
 _ROUNDS = 10
 _WORDS_PER_BLOCK = 4
 
-_AHEAD_STEPS = 64
+_AHEAD_STEPS = 256
+_AHEAD_STEPS_AT_FIRST = 64  # of an episode, which may be short
+_AHEAD_ROWS = 1 << 14  # drawn in one call, actors times steps: what a cache holds
 _AHEAD_WORDS_PER_ACTOR = 1024
 _CACHE_WORDS = 1 << 22
 _REFILL_TOGETHER_ROWS = 16
@@ -51,29 +52,34 @@ def philox4x32(counter: Sequence[_Words], key: tuple[int, int]) -> list[_Words]:
     Returns:
         Four uint64 arrays of that shape with values below 2**32.
     """
-    c0, c1, c2, c3 = counter
+    even, odd = np.stack((counter[0], counter[2])), np.stack((counter[1], counter[3]))
     k0, k1 = key
     for _ in range(_ROUNDS):
-        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
-        c0 = (product_1 >> _SHIFT_32) ^ c1 ^ np.uint64(k0)
-        c2 = (product_0 >> _SHIFT_32) ^ c3 ^ np.uint64(k1)
-        c1, c3 = product_1 & _LOW_32, product_0 & _LOW_32
+        product = (even * _MULTIPLIERS.reshape(2, *[1] * (even.ndim - 1)))[::-1]
+        keys = np.array((k0, k1), np.uint64).reshape(2, *[1] * (even.ndim - 1))
+        even, odd = (product >> _SHIFT_32) ^ odd ^ keys, product & _LOW_32
         k0, k1 = (k0 + _WEYL_0) & 0xFFFFFFFF, (k1 + _WEYL_1) & 0xFFFFFFFF
-    return [c0, c1, c2, c3]
+    return [even[0], odd[0], even[1], odd[1]]
 
 
-def _shape_noise(kind: NoiseKind, uniform: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Uniforms [N, blocks, 4] in the open unit interval as noise [N, blocks * 4]."""
-    rows = uniform.shape[0]
+def _shape_noise(kind: NoiseKind, words: NDArray[np.uint64], width: int) -> NDArray[np.float64]:
+    """Words [N, at least width rounded up to pairs] as noise [N, width]."""
+    if kind == "normal":
+        uniform = _uniform(words[:, : width + width % 2])
+        radius = np.sqrt(-2.0 * np.log(uniform[:, 0::2]))
+        angle = 2.0 * np.pi * uniform[:, 1::2]
+        pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
+        return pairs.reshape(len(words), -1)[:, :width]
+    uniform = _uniform(words[:, :width])
     if kind == "gumbel":
-        noise = -np.log(-np.log(uniform))
-    elif kind == "logistic":
-        noise = np.log(uniform) - np.log1p(-uniform)
-    else:
-        radius = np.sqrt(-2.0 * np.log(uniform[:, :, 0::2]))
-        angle = 2.0 * np.pi * uniform[:, :, 1::2]
-        noise = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
-    return noise.reshape(rows, -1)
+        noise: NDArray[np.float64] = -np.log(-np.log(uniform))
+        return noise
+    return np.asarray(np.log(uniform) - np.log1p(-uniform))
+
+
+def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Words as numbers in the open unit interval."""
+    return (words.astype(np.float64) + 0.5) * 2.0**-32
 
 
 def _blocks(width: int) -> int:
@@ -105,27 +111,27 @@ def draw_directly(
     columns = [index.astype(np.uint64)[:, None] & _LOW_32 for index in (actor_index, episode_index, step)]
     counter = [np.broadcast_to(column, (rows, total)) for column in columns]
     counter.append(np.broadcast_to(np.arange(total, dtype=np.uint64), (rows, total)))
-    words = np.stack(philox4x32(counter, key), axis=-1)
-    uniform = (words.astype(np.float64) + 0.5) * 2.0**-32
+    words = np.stack(philox4x32(counter, key), axis=-1)  # [N, blocks, 4]
     noise: Noise = {}
     first = 0
     for leaf, count in zip(leaves, wanted, strict=True):
         if leaf.kind == "none":
             noise[leaf.name] = np.zeros((rows, leaf.width), np.float32)
         else:
-            shaped = _shape_noise(leaf.kind, uniform[:, first : first + count])
-            noise[leaf.name] = np.ascontiguousarray(shaped[:, : leaf.width], dtype=np.float32)
+            own = words[:, first : first + count].reshape(rows, -1)
+            noise[leaf.name] = np.ascontiguousarray(_shape_noise(leaf.kind, own, leaf.width), np.float32)
         first += count
     return noise
 
 
 @dataclass(slots=True)
 class _Ahead:
-    """Steps drawn ahead: row a holds `steps` steps of actor a from `first_step[a]` of `episode[a]` on."""
+    """Steps drawn ahead: row a holds `count[a]` steps of actor a from `first_step[a]` of `episode[a]` on."""
 
     leaves: tuple[NoiseLeaf, ...]
     steps: int
     max_actors: int
+    count: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     episode: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     first_step: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     values: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # [actors, steps, width]
@@ -141,6 +147,7 @@ class _Ahead:
         have = len(self.episode)
         size = min(self.max_actors, max(actors, 2 * have))
         self.episode = np.concatenate([self.episode, np.full(size - have, -1, np.int64)])
+        self.count = np.concatenate([self.count, np.zeros(size - have, np.int64)])
         self.first_step = np.concatenate([self.first_step, np.zeros(size - have, np.int64)])
         for leaf in self.leaves:
             values = np.zeros((size, self.steps, leaf.width), np.float32)
@@ -198,7 +205,7 @@ class NoiseSource:
         actor, step = int(actors[0]), int(steps[0])
         if actor < len(ahead.episode) and ahead.episode[actor] == episodes[0]:
             offset = step - int(ahead.first_step[actor])
-            if 0 <= offset < ahead.steps:
+            if 0 <= offset < ahead.count[actor]:
                 return {
                     name: values[actor, offset : offset + 1].copy() for name, values in ahead.values.items()
                 }
@@ -213,7 +220,7 @@ class NoiseSource:
         if highest >= len(ahead.episode):
             ahead.grow(highest + 1)
         offset = steps - ahead.first_step[actors]
-        missed = (ahead.episode[actors] != episodes) | (offset < 0) | (offset >= ahead.steps)
+        missed = (ahead.episode[actors] != episodes) | (offset < 0) | (offset >= ahead.count[actors])
         if missed.any():
             if len(steps) <= _REFILL_TOGETHER_ROWS:
                 missed[:] = True
@@ -226,11 +233,12 @@ class NoiseSource:
     ) -> None:
         """Draws the next steps of these actors in one vector call."""
         rows = len(actors)
-        window = (steps[:, None] + np.arange(ahead.steps)).ravel()
-        noise = draw_directly(
-            ahead.leaves, self._key, actors.repeat(ahead.steps), episodes.repeat(ahead.steps), window
-        )
+        count = min(ahead.steps, _AHEAD_STEPS_AT_FIRST) if int(steps.min()) == 0 else ahead.steps
+        count = max(1, min(count, _AHEAD_ROWS // rows))
+        window = (steps[:, None] + np.arange(count)).ravel()
+        noise = draw_directly(ahead.leaves, self._key, actors.repeat(count), episodes.repeat(count), window)
         for name, values in noise.items():
-            ahead.values[name][actors] = values.reshape(rows, ahead.steps, -1)
+            ahead.values[name][actors, :count] = values.reshape(rows, count, -1)
+        ahead.count[actors] = count
         ahead.episode[actors] = episodes
         ahead.first_step[actors] = steps
