@@ -10,7 +10,7 @@ import zmq
 
 from relayrl_shared import frames
 from relayrl_shared._zmq import Context, Socket, Wake, bound_port, set_common_options
-from relayrl_shared.errors import FrameError
+from relayrl_shared.errors import ConfigError, FrameError
 from relayrl_shared.messages import Announcement
 
 _MAX_ANNOUNCEMENT_BYTES = 64 << 10
@@ -33,9 +33,9 @@ class Announcer:
         set_common_options(self._socket, max_message_bytes=_MAX_ANNOUNCEMENT_BYTES, linger_ms=200)
         try:
             self._socket.bind(bind_address)
-        except zmq.ZMQError:
+        except zmq.ZMQError as error:
             self.close()
-            raise
+            raise ConfigError(f"cannot bind {bind_address}: {error.strerror}; set a free port") from error
         self.port = bound_port(self._socket)
 
     def announce(self, announcement: Announcement) -> None:

@@ -15,7 +15,7 @@ import zmq
 
 from relayrl_shared import frames
 from relayrl_shared._zmq import DEFAULT_MAX_MESSAGE_BYTES, Context, Wake, bound_port, set_common_options
-from relayrl_shared.errors import FrameError, MessageTooLarge, Overloaded, RelayRLError
+from relayrl_shared.errors import ConfigError, FrameError, MessageTooLarge, Overloaded, RelayRLError
 from relayrl_shared.frames import Buffer
 from relayrl_shared.messages import AnyMessage, ErrorReply
 
@@ -113,9 +113,9 @@ class RouterServer:
         self._socket.set(zmq.SNDHWM, self._max_queued)
         try:
             self._socket.bind(bind_address)
-        except zmq.ZMQError:
+        except zmq.ZMQError as error:
             self.close()
-            raise
+            raise ConfigError(f"cannot bind {bind_address}: {error.strerror}; set a free port") from error
         self.port = bound_port(self._socket)
         self.address = bind_address
 

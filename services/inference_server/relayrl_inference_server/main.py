@@ -38,10 +38,11 @@ def _run(settings: InferenceServerSettings) -> int:
     from relayrl_shared.lifecycle import StopSignal
 
     logs.configure("inference-server", settings.log)
-    telemetry.configure("inference-server", settings.telemetry)
+    tracing = telemetry.configure("inference-server", settings.telemetry)
     with StopSignal() as stop, InferenceService(settings, stop.stop) as service:
         service.run(stop.event)
-        logs.get_logger(__name__).info("stopped")
+    tracing.close()
+    logs.get_logger(__name__).info("stopped")
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import NamedTuple, cast
 
 from relayrl_inference_server.acting import Answer, Question, ServedPolicy
@@ -16,12 +17,13 @@ from relayrl_inference_server.batcher import Batch, Batcher, BatchLimits
 from relayrl_inference_server.counters import ServingCounters, total
 from relayrl_inference_server.policies import LATEST, PolicyPool, Selector
 from relayrl_inference_server.settings import LimitSettings
-from relayrl_shared import logs
+from relayrl_shared import logs, telemetry
 from relayrl_shared.errors import ContractError, Draining, Overloaded, PeerTimeout, RelayRLError
 from relayrl_shared.messages import RequestActions
 from relayrl_shared.sockets import Incoming, RouterServer
 
 LOG = logs.get_logger(__name__)
+TRACER = telemetry.tracer(__name__)
 
 
 class Pending(NamedTuple):
@@ -142,7 +144,9 @@ class InferenceServer:
     ) -> None:
         counters.batches_total += 1
         counters.batch_rows.observe(rows)
-        outcomes = served.act([pending.question for pending in pendings])
+        with ExitStack() as spans:
+            _enter_spans(spans, pendings, rows)
+            outcomes = served.act([pending.question for pending in pendings])
         now = time.monotonic()
         for pending, outcome in zip(pendings, outcomes, strict=True):
             if isinstance(outcome, Answer):
@@ -211,3 +215,14 @@ class InferenceServer:
     def queued_requests(self) -> int:
         """Requests that wait, for a forward or for their policy."""
         return self._batcher.queued_requests + self._parked_count
+
+
+def _enter_spans(spans: ExitStack, pendings: Sequence[Pending], rows: int) -> None:
+    """One span a request that carries a trace: the batch that it shared."""
+    for pending in pendings:
+        traceparent = pending.incoming.message.traceparent
+        if traceparent is not None:
+            span = TRACER.span(
+                "inference.act", parent=traceparent, batch_rows=rows, batch_requests=len(pendings)
+            )
+            spans.enter_context(span)

@@ -12,7 +12,7 @@ from typing import Any
 from relayrl_model_registry.blobs import CHUNK_BYTES, BlobStore
 from relayrl_model_registry.store.interface import PublicationKey
 from relayrl_model_registry.versions import Catalog
-from relayrl_shared import logs
+from relayrl_shared import logs, telemetry
 from relayrl_shared.errors import ContractError, RelayRLError
 from relayrl_shared.messages import (
     AnyMessage,
@@ -31,6 +31,7 @@ from relayrl_shared.messages import (
 from relayrl_shared.sockets import Incoming, RouterServer
 
 LOG = logs.get_logger(__name__)
+TRACER = telemetry.tracer(__name__)
 
 Reply = tuple[AnyMessage, Sequence[bytes]]
 
@@ -77,7 +78,8 @@ class ModelServer:
         if handler is None:
             raise ContractError(f"the model server does not take {kind} messages")
         self.requests[kind] += 1
-        return handler(message, incoming.payload)
+        with TRACER.span(f"registry.{kind}", parent=message.traceparent):
+            return handler(message, incoming.payload)
 
     def _refuse(self, incoming: Incoming, error: Exception) -> None:
         code = error.code if isinstance(error, RelayRLError) else RelayRLError.code

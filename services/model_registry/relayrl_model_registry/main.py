@@ -34,10 +34,11 @@ def _run(settings: ModelRegistrySettings) -> int:
     from relayrl_shared.lifecycle import StopSignal
 
     logs.configure("model-registry", settings.log)
-    telemetry.configure("model-registry", settings.telemetry)
+    tracing = telemetry.configure("model-registry", settings.telemetry)
     with StopSignal() as stop, ModelRegistry(settings, stop.stop) as registry:
         registry.run(stop.event)
-        logs.get_logger(__name__).info("stopped")
+    tracing.close()
+    logs.get_logger(__name__).info("stopped")
     return 0
 
 

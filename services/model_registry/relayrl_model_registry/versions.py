@@ -176,7 +176,7 @@ class Catalog:
             if version.collected_at is not None:
                 raise RegistryError(f"the files of {policy} version {policy_version} were collected")
             move = _move(unit, policy, alias, version, moved_by, reason)
-        self._counts["alias_moves"] += 1
+            self._counts["alias_moves"] += 1
         self._on_move(move, version.learner_update)
         return move
 
