@@ -157,6 +157,7 @@ class REINFORCEConfig(AlgorithmConfig, kw_only=True, frozen=True, forbid_unknown
     """
 
     gamma: float = 0.98
+    max_grad_norm: float | None = None
     with_vf_baseline: bool = False
     normalize_advantage: Literal["batch", "none"] = "batch"
 
