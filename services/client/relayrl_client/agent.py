@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from relayrl_client.actors import ActorDetails, ActorTable, EnvironmentHandle, Selection
 from relayrl_client.coordinator import ActionResult, Flag
-from relayrl_client.runtime import OpenDelivery, Plan, Runtime, announce, is_announced, open_runtime
+from relayrl_client.runtime import OpenDelivery, Plan, Runtime, Standing, announce, is_announced, open_runtime
 from relayrl_shared.errors import ConfigError, EpisodeError, PeerTimeout
 from relayrl_shared.policy.manifest import PolicyArtefact
 from relayrl_shared.trajectory import Purpose, RecordSchema, Trajectory
@@ -32,10 +32,17 @@ class Agent:
     Args:
         plan: what it is to be.
         open_delivery: makes what takes closed segments, once the run is known.
+        offline_standing: the rules to play by where there is no server.
     """
 
-    def __init__(self, plan: Plan, open_delivery: OpenDelivery) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        open_delivery: OpenDelivery,
+        offline_standing: Callable[[Plan], Standing] = Standing.offline,
+    ) -> None:
         self.plan = plan
+        self._offline_standing = offline_standing
         self._open_delivery = open_delivery
         self._runtime: Runtime | None = None
 
@@ -55,7 +62,7 @@ class Agent:
         for _ in range(self.plan.actor_count):
             environment = table.new_environment(0, 0)
             table.add(self._details(str(uuid.uuid4()), environment))
-        self._runtime = open_runtime(self.plan, table, self._open_delivery)
+        self._runtime = open_runtime(self.plan, table, self._open_delivery, self._offline_standing)
         return self
 
     def restart(self) -> Self:

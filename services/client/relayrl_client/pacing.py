@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from relayrl_client.actors import ActorDetails, Selection
+from relayrl_client.actors import Selection
 from relayrl_client.inference import Inference
 from relayrl_client.recorder import Recorder
 from relayrl_shared.errors import EpisodeError, PacingTimeout
@@ -100,7 +100,7 @@ class RolloutPacing:
         if self._would_block_itself(selection, rollout):
             self.counters.unpaced_rollouts_total += 1
             return
-        self._wait(needed, deadline)
+        self._wait(selection, rollout, deadline)
 
     def _would_block_itself(self, selection: Selection, rollout: int) -> bool:
         """Whether this very thread still has to finish earlier rollouts of other actors.
@@ -108,7 +108,8 @@ class RolloutPacing:
         Raises:
             EpisodeError: so it is, in lockstep, where going on is no choice.
         """
-        mine = [d for d in self._recorder.behind(selection, rollout) if self._is_mine(d)]
+        thread = threading.get_ident()
+        mine = [detail for detail in self._recorder.behind(selection, rollout) if detail.driver == thread]
         if not mine:
             return False
         if self.max_policy_lag == 0:
@@ -118,10 +119,8 @@ class RolloutPacing:
             )
         return True
 
-    def _is_mine(self, detail: ActorDetails) -> bool:
-        return detail.driver is None or detail.driver == threading.get_ident()
-
-    def _wait(self, needed: int, deadline: float) -> None:
+    def _wait(self, selection: Selection, rollout: int, deadline: float) -> None:
+        needed = rollout - self.max_policy_lag
         began = time.monotonic()
         self.counters.waits_total += 1
         admitted = self._inference.admit(needed, deadline, self._gives_up)
@@ -132,9 +131,11 @@ class RolloutPacing:
             self.counters.unpaced_rollouts_total += 1
             return
         self.counters.timeouts_total += 1
+        late = [detail.actor_id for detail in self._recorder.behind(selection, rollout)]
+        why = f"it may wait for actor {late[0]}" if late else "is the learner running?"
         raise PacingTimeout(
             f"this rollout needs a policy of {needed} finished updates, and none came within "
-            f"{time.monotonic() - began:.1f} s: is the learner running? Call again with reward=None"
+            f"{time.monotonic() - began:.1f} s: {why} Call again with reward=None to wait on"
         )
 
     def _gives_up(self) -> bool:

@@ -198,13 +198,19 @@ def announce(row: int, detail: ActorDetails) -> ActorInfo:
     )
 
 
-def open_runtime(plan: Plan, table: ActorTable, open_delivery: OpenDelivery) -> Runtime:
+def open_runtime(
+    plan: Plan,
+    table: ActorTable,
+    open_delivery: OpenDelivery,
+    offline_standing: Callable[[Plan], Standing] = Standing.offline,
+) -> Runtime:
     """Join the run, load the first policy version and get ready to act.
 
     Args:
         plan: what is wanted.
         table: with the first actors in it, so that hello names them.
         open_delivery: makes what takes the segments.
+        offline_standing: the rules to play by where there is no server.
 
     Raises:
         PeerTimeout: a server did not answer, or no policy version came, within `start_seconds`.
@@ -212,7 +218,11 @@ def open_runtime(plan: Plan, table: ActorTable, open_delivery: OpenDelivery) -> 
     """
     with contextlib.ExitStack() as closing:
         deadline = time.monotonic() + plan.timeouts.start_seconds
-        session, standing = _join(plan, table, closing)
+        session: Session | None = None
+        if plan.is_online:
+            session, standing = _join(plan, table, closing)
+        else:
+            standing = offline_standing(plan)
         runtime = _assemble(plan, standing, table, open_delivery, session, closing)
         if session is not None:
             session.start(_links(runtime))
@@ -222,9 +232,7 @@ def open_runtime(plan: Plan, table: ActorTable, open_delivery: OpenDelivery) -> 
         return runtime
 
 
-def _join(plan: Plan, table: ActorTable, closing: contextlib.ExitStack) -> tuple[Session | None, Standing]:
-    if not plan.is_online:
-        return None, Standing.offline(plan)
+def _join(plan: Plan, table: ActorTable, closing: contextlib.ExitStack) -> tuple[Session, Standing]:
     address = plan.transport.zmq_addresses.training_addresses.agent_listener_address.zmq
     session = Session(address, plan.client_id, plan.run)
     closing.callback(session.close)
