@@ -33,6 +33,7 @@ class Command:
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
         )
         self.lines: list[str] = []
+        self._ended = False
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -43,6 +44,9 @@ class Command:
             with self._changed:
                 self.lines.append(line.rstrip())
                 self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
 
     @property
     def text(self) -> str:
@@ -50,10 +54,10 @@ class Command:
         return "\n".join(self.lines)
 
     def expect(self, pattern: str, timeout_seconds: float = START_SECONDS) -> None:
-        """Waits until what it printed matches."""
+        """Waits until what it printed matches; fails at once if it ends without."""
         with self._changed:
-            found = self._changed.wait_for(lambda: re.search(pattern, self.text), timeout_seconds)
-        assert found, f"no {pattern!r} in:\n{self.text}"
+            self._changed.wait_for(lambda: self._ended or re.search(pattern, self.text), timeout_seconds)
+        assert re.search(pattern, self.text), f"no {pattern!r} in:\n{self.text}"
 
     def interrupt(self) -> None:
         """Ctrl-C."""
