@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from relayrl_shared.errors import ArtefactError, DigestMismatch
@@ -193,6 +193,11 @@ def test_packed_artefact_is_checked(artefact: PolicyArtefact) -> None:
 
 
 @given(policy=st.text(min_size=1), version=st.integers(0, 10**12))
+@example(policy="../../etc/passwd", version=1)
+@example(policy="/etc", version=1)
+@example(policy="run/agent", version=1)
+@example(policy="..", version=1)
+@example(policy="a\\b", version=1)
 def test_policy_name_never_leaves_the_root(policy: str, version: int) -> None:
     """Whatever a policy is called, its directory is two levels below the root."""
     root = Path("/cache/policies")

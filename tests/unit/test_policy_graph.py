@@ -31,7 +31,7 @@ def make_model() -> Any:
             [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 3])],
             [
                 *(numpy_helper.from_array(np.zeros_like(array), name) for name, array in WEIGHTS.items()),
-                numpy_helper.from_array(np.array(2.0, np.float32), "scale"),
+                helper.make_tensor("scale", TensorProto.FLOAT, [], [2.0]),
             ],
         ),
         opset_imports=[helper.make_opsetid("", 20)],
