@@ -17,10 +17,11 @@ from relayrl_shared.store import quarantine, spools, storable, tables
 from relayrl_shared.store.database import Database, Row, chunks, insert, lock
 from relayrl_shared.store.interface import CommitResult, IncomingTrajectory
 from relayrl_shared.store.quarantine import QuarantineLimits
-from relayrl_shared.store.spools import Key, Spool
+from relayrl_shared.store.spools import Fate, Key, Spool
 from relayrl_shared.trajectory import TrajectoryMetadata
 
 Segment = tuple[str, int]  # (episode_id, segment_index)
+Place = tuple[str, str, int]  # (run_id, spool_id, sequence)
 WriteBodies = Callable[[Connection, Sequence[Row]], set[str]]
 """Writes rows of `trajectories`; returns the ids that it wrote, all of them unless it skips known ones."""
 
@@ -31,13 +32,14 @@ class Known:
 
     digests: dict[str, str] = field(default_factory=dict)  # trajectory_id → body digest
     segments: dict[Segment, str] = field(default_factory=dict)  # → trajectory_id
-    sequences: dict[tuple[str, str, int], str] = field(default_factory=dict)  # (run, spool, sequence) → id
+    sequences: dict[Place, str] = field(default_factory=dict)  # → trajectory_id
+    settled: set[Place] = field(default_factory=set)  # by the batch so far, in whatever way
 
-    def note(self, item: TrajectoryMetadata) -> None:
+    def store(self, item: TrajectoryMetadata) -> None:
         """Counts a trajectory of the batch as stored."""
         self.digests[item.trajectory_id] = item.body_digest
         self.segments[item.episode_id, item.segment_index] = item.trajectory_id
-        self.sequences[item.run_id, item.spool_id, item.sequence] = item.trajectory_id
+        self.sequences[_place(item)] = item.trajectory_id
 
 
 @dataclass(slots=True)
@@ -84,6 +86,10 @@ def _key(item: TrajectoryMetadata) -> Key:
     return (item.run_id, item.spool_id)
 
 
+def _place(item: TrajectoryMetadata) -> Place:
+    return (item.run_id, item.spool_id, item.sequence)
+
+
 def lock_runs(connection: Connection, run_ids: Iterable[str]) -> None:
     """Takes the locks under which positions are given, in sorted order, held to commit."""
     lock(connection, "log", run_ids)
@@ -117,7 +123,7 @@ def _lookup_reused(
         )
         holder: str | None = connection.scalar(select(log.c.trajectory_id).where(which))
         if holder is not None:
-            known.sequences[item.run_id, item.spool_id, item.sequence] = holder
+            known.sequences[_place(item)] = holder
 
 
 def judge(batch: Sequence[IncomingTrajectory], rows: dict[Key, Spool], known: Known) -> Plan:
@@ -126,7 +132,8 @@ def judge(batch: Sequence[IncomingTrajectory], rows: dict[Key, Spool], known: Kn
     for item in (entry.metadata for entry in batch):
         result = _judge_one(item, rows[_key(item)], known)
         if result is None:
-            known.note(item)
+            known.store(item)
+        known.settled.add(_place(item))
         plan.results.append(result)
     return plan
 
@@ -137,10 +144,10 @@ def _judge_one(item: TrajectoryMetadata, spool: Spool, known: Known) -> CommitRe
         if digest == item.body_digest:
             return CommitResult(outcome="known")
         return _conflict(f"trajectory {item.trajectory_id} is stored with body digest {digest}")
-    holder = known.sequences.get((item.run_id, item.spool_id, item.sequence))
+    holder = known.sequences.get(_place(item))
     if holder is not None:
         return _conflict(f"sequence {item.sequence} of spool {item.spool_id} is trajectory {holder}")
-    if item.sequence in spool.known:
+    if item.sequence in spool.known or _place(item) in known.settled:
         return CommitResult(outcome="known", detail="this sequence was settled before")
     holder = known.segments.get((item.episode_id, item.segment_index))
     if holder is not None:
@@ -279,9 +286,7 @@ def _settled(
     batch: Sequence[IncomingTrajectory], results: Sequence[CommitResult], rows: dict[Key, Spool]
 ) -> list[Spool]:
     """The spools after the batch."""
-    outcomes: dict[Key, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    fates: dict[Key, list[tuple[int, Fate]]] = defaultdict(list)
     for item, result in zip(batch, results, strict=True):
-        outcomes[_key(item.metadata)][result.outcome].append(item.metadata.sequence)
-    return [
-        spools.settle(rows[key], by["stored"], by["conflict"], by["known"]) for key, by in outcomes.items()
-    ]
+        fates[_key(item.metadata)].append((item.metadata.sequence, result.outcome))
+    return [spools.settle(rows[key], of_spool) for key, of_spool in fates.items()]

@@ -39,7 +39,7 @@ def settle(connection: Connection, rows: Sequence[Quarantined]) -> None:
     ]
     rows_by_key = spools.lock(connection, [key for key, _ in named])
     settled = [
-        spools.settle(spool, [], [sequence for named_key, sequence in named if named_key == key])
+        spools.settle(spool, [(sequence, "conflict") for named_key, sequence in named if named_key == key])
         for key, spool in rows_by_key.items()
     ]
     spools.save(connection, settled)

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from sqlalchemy import Connection, RowMapping, and_, bindparam, select, tuple_, update
 
@@ -16,6 +18,7 @@ from relayrl_shared.store.database import insert_missing
 from relayrl_shared.store.sequences import SequenceSet
 
 Key = tuple[str, str]  # (run_id, spool_id)
+Fate = Literal["stored", "conflict", "known"]  # as of `CommitResult`; what quarantine takes is a conflict
 
 
 _NOTHING = SequenceSet()
@@ -101,20 +104,19 @@ def save(connection: Connection, spools: Iterable[Spool]) -> None:
         connection.execute(update(tables.spools).where(which), rows)
 
 
-def settle(
-    spool: Spool, stored: Sequence[int], quarantined: Sequence[int] = (), repeated: Sequence[int] = ()
-) -> Spool:
-    """The row after these sequences were settled; each counts once, in the first way that settled it."""
-    new = SequenceSet().add_sequences(s for s in stored if s not in spool.known)
-    bad = {s for s in quarantined if s not in spool.known and s not in new}
-    again = {s for s in repeated if s not in spool.known and s not in new} - bad
-    everything = [*stored, *quarantined, *repeated]
+def settle(spool: Spool, fates: Iterable[tuple[int, Fate]]) -> Spool:
+    """The row after these sequences were settled, in order; each counts once, as what settled it first."""
+    first: dict[int, Fate] = {}
+    for sequence, fate in fates:
+        if sequence not in spool.known:
+            first.setdefault(sequence, fate)
+    counted = Counter(first.values())
     return replace(
         spool,
-        known=spool.known.add_sequences(everything),
-        highest_seen=max([spool.highest_seen, *everything]),
-        quarantined=spool.quarantined + len(bad),
-        repeated=spool.repeated + len(again),
+        known=spool.known.add_sequences(first),
+        highest_seen=max([spool.highest_seen, *first]),
+        quarantined=spool.quarantined + counted["conflict"],
+        repeated=spool.repeated + counted["known"],
     )
 
 

@@ -25,6 +25,7 @@ import psycopg
 import pytest
 
 _START_SECONDS = 30.0
+_ROOM_BYTES = 4 << 30
 _USERS = ("postgres", "pgserver", "nobody")
 _SETTINGS = {
     "shared_buffers": "64MB",
@@ -39,7 +40,7 @@ class PostgresServer:
     """One server on a free port of 127.0.0.1 with its data in a temporary directory."""
 
     def __init__(self, binaries: Path) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="relayrl-postgres-"))
+        self.directory = Path(tempfile.mkdtemp(prefix="relayrl-postgres-", dir=_roomy_memory()))
         self.binaries = self._reachable(binaries)
         self.port = _free_port()
         self._process: subprocess.Popen[bytes] | None = None
@@ -121,6 +122,13 @@ class PostgresServer:
             return
         log = (self.directory / "log").read_text(errors="replace")[-2000:]
         raise RuntimeError(f"Postgres from {self.binaries} did not start:\n{log}")
+
+
+def _roomy_memory() -> str | None:
+    """A file system in memory with room for the tests' databases; None where there is none."""
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > _ROOM_BYTES
+    return str(memory) if roomy else None
 
 
 def _free_port() -> int:
