@@ -78,6 +78,9 @@ class Command:
             except subprocess.TimeoutExpired:
                 self.interrupt()
                 self._process.wait(10)
+        self._reader.join(5)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
 
 @pytest.fixture
