@@ -79,6 +79,8 @@ def test_weights_may_replace_a_constant_of_the_same_shape() -> None:
     filled = graphs.fill(template_of(make_model()), WEIGHTS | {"scale": np.array(0.0, np.float32)})
     session = onnxruntime.InferenceSession(filled)
     assert not session.run(None, {"x": np.ones((1, 2), np.float32)})[0].any()
+    scale = onnx.load_model_from_string(filled).graph.initializer[2]
+    assert (scale.raw_data, list(scale.float_data)) == (bytes(4), [])  # never two sets of data
 
 
 @pytest.mark.parametrize(

@@ -290,7 +290,6 @@ def build_artefact(
     store_cursor: int = 0,
     metrics: Mapping[str, float] | None = None,
     created_at: float | None = None,
-    seed: int = 0,
 ) -> PolicyArtefact:
     """The artefact of the module's weights as they are now; `graph` is from `export_graph`.
 
@@ -308,12 +307,11 @@ def build_artefact(
         store_cursor: position in the run's log up to which it learned.
         metrics: of the update, for people.
         created_at: Unix seconds; None is now.
-        seed: of the golden inputs.
 
     Raises:
         ArtefactError: the policy's outputs are not finite.
     """
-    weights, golden = weights_bytes(module), golden_vectors(module, seed)
+    weights, golden = weights_bytes(module), golden_vectors(module)
     manifest = PolicyManifest(
         policy=policy,
         policy_version=policy_version,
