@@ -26,7 +26,9 @@ CLOSE_SECONDS = 5.0
 
 
 class StopSignal:
-    """SIGINT and SIGTERM as a `threading.Event`; a second one ends the process at once, with 128 + signal.
+    """SIGINT, SIGTERM and SIGHUP as a `threading.Event`; a second one ends the process at once, 128 + signal.
+
+    A signal that is ignored when it begins, as under nohup, stays ignored.
 
     Use it as a context manager in the main thread; leaving restores the earlier handlers. `stop()` asks for
     the same from any thread, such as an HTTP handler.
@@ -48,8 +50,9 @@ class StopSignal:
     def __enter__(self) -> Self:
         self._watcher = threading.Thread(target=self._watch, name="stop-signal", daemon=True)
         self._watcher.start()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._earlier[number] = signal.signal(number, self._on_signal)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._earlier[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(

@@ -43,14 +43,28 @@ def read(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_begins_the_drain_and_the_process_ends_normally(number: signal.Signals) -> None:
-    """Both signals do the same, and the status is 0."""
+    """All three do the same, and the status is 0."""
     with child() as process:
         process.send_signal(number)
 
         assert (read(process), read(process)) == ("draining", "done")
         assert process.wait(10) == 0
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """A process under nohup outlives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with child() as process:
+            process.send_signal(signal.SIGHUP)
+            process.send_signal(signal.SIGTERM)
+
+            assert (read(process), read(process)) == ("draining", "done")
+            assert process.wait(10) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_signal_does_not_wait_for_the_drain() -> None:
