@@ -90,7 +90,7 @@ def test_an_id_is_short_not_empty_and_without_nul(text: str) -> None:
     if fits:
         check_id("name", text)
     else:
-        with pytest.raises(ContractError, match="^name "):
+        with pytest.raises(ContractError, match=r"^name "):
             check_id("name", text)
 
 
