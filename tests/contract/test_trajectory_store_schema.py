@@ -34,6 +34,12 @@ def connected(store: TrajectoryStore, group: schema.Group) -> Iterator[Connectio
         yield connection
 
 
+def touch_all(store: TrajectoryStore) -> None:
+    """Reads a row of each group, which opens its file on SQLite."""
+    store.ping()
+    store.demand(RUN_ID)
+
+
 @pytest.mark.parametrize("group", schema.GROUPS, ids=[group.name for group in schema.GROUPS])
 class TestMigrations:
     """For each group of tables."""
@@ -80,9 +86,7 @@ class TestMigrations:
         self.set_schema(store, group, schema_number=99, minimum=42)
         store.close()
         with pytest.raises(SchemaVersionError, match=rf"{group.name} .*42 .*{tables.CODE_SCHEMA}"):
-            again = open_stores(writer_of=writer_of)
-            again.ping()
-            again.demand(RUN_ID)
+            touch_all(open_stores(writer_of=writer_of))
 
     def set_schema(
         self, store: TrajectoryStore, group: schema.Group, *, schema_number: int, minimum: int
