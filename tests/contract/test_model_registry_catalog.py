@@ -232,8 +232,9 @@ def test_intent_of_no_or_bad_digests_is_refused(registry: Harness, digests: tupl
 
 
 def test_two_publishers_of_one_key_make_one_version(registry: Harness) -> None:
-    """Eight at once: all get the same number."""
-    artefact = numbered(0)
+    """Eight at once, to a run that has published before: all get the same number."""
+    registry.publish(numbered(0))
+    artefact = numbered(1)
     barrier = threading.Barrier(8)
 
     def publish(_: int) -> int:
@@ -243,8 +244,8 @@ def test_two_publishers_of_one_key_make_one_version(registry: Harness) -> None:
     with ThreadPoolExecutor(8) as pool:
         numbers = list(pool.map(publish, range(8)))
 
-    assert numbers == [1] * 8
-    assert len(registry.catalog.versions("cartpole")) == 1
+    assert numbers == [2] * 8
+    assert len(registry.catalog.versions("cartpole")) == 2
 
 
 def test_publishers_at_once_get_numbers_without_a_gap(registry: Harness) -> None:

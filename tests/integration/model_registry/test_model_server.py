@@ -20,6 +20,7 @@ from relayrl_shared.errors import (
     FrameError,
     MessageTooLarge,
     RegistryError,
+    RelayRLError,
     StaleFencingToken,
     UnknownPolicy,
     UnknownPolicyVersion,
@@ -250,3 +251,26 @@ def test_state_survives_a_restart(
         )
         assert client.fetch("cartpole", policy_version=1).weights == artefact.weights
         client.close()
+
+
+def test_bad_requests_between_good_ones_hurt_nobody(peer: Peer, client: RegistryClient) -> None:
+    """A hundred at once, every second one unknown: exactly these fail."""
+    client.publish(opaque_artefact(), fencing_token=1)
+    outcomes: dict[int, bool] = {}
+    done = threading.Event()
+
+    def note(index: int, error: RelayRLError | None) -> None:
+        outcomes[index] = error is None
+        if len(outcomes) == 100:
+            done.set()
+
+    for index in range(100):
+        question = messages.FetchManifest(policy="nobody" if index % 2 else "cartpole")
+        peer.submit(
+            question,
+            timeout_seconds=10.0,
+            on_reply=lambda _, __, error, index=index: note(index, error),
+        )
+    assert done.wait(20)
+
+    assert outcomes == {index: index % 2 == 0 for index in range(100)}
