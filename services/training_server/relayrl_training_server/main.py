@@ -23,12 +23,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.parent_pipe is not None:
         follow_parent(arguments.parent_pipe)
+
+    def load() -> TrainingServerSettings:
+        return settings_from_arguments(TrainingServerSettings, arguments, ENVIRONMENT_PREFIX, os.environ)
+
     try:
-        settings = settings_from_arguments(TrainingServerSettings, arguments, ENVIRONMENT_PREFIX, os.environ)
+        settings = load()
+        _follow_file(arguments, settings, load)
         return _COMMANDS[arguments.command](settings, arguments)
     except RelayRLError as error:
         sys.stderr.write(f"{PROGRAM}: {error}\n")
         return 2
+
+
+def _follow_file(
+    arguments: argparse.Namespace,
+    settings: TrainingServerSettings,
+    load: Callable[[], TrainingServerSettings],
+) -> None:
+    if arguments.config is not None:
+        from relayrl_training_server.reload import follow_file
+
+        follow_file(arguments.config, settings, load)
 
 
 def _parser() -> argparse.ArgumentParser:
