@@ -13,6 +13,7 @@ from relayrl_training_server.algorithms.base import NonFiniteUpdate, to_tensors
 from relayrl_training_server.algorithms.build import build_algorithm
 from relayrl_training_server.algorithms.ppo import PPO
 from relayrl_training_server.batches import Batch, build_batch
+from relayrl_training_server.testing.reference import SlowAdam
 from relayrl_training_server.testing.segments import (
     ACTION,
     BOX_ACTION,
@@ -74,7 +75,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def slow_update(algorithm: PPO, data: Batch) -> None:
-    """The update as one would write it first: torch's Adam, joint loss, joint norm, loops over steps."""
+    """The update as one would write it first: a plain Adam, joint loss, joint norm, loops over steps."""
     config, module = algorithm.config, algorithm.module
     values = module.value(to_tensors(data.observation)).detach().numpy()
     finals = module.value(to_tensors(data.final_observation)).detach().numpy()
@@ -90,12 +91,10 @@ def slow_update(algorithm: PPO, data: Batch) -> None:
         start += length
     advantages = torch.tensor(advantage, dtype=torch.float32)
     targets = advantages + torch.from_numpy(values)
-    groups = [
-        {"params": [*module.pi.parameters(), *module.heads.parameters()], "lr": config.pi_lr},
-        {"params": list(module.vf.parameters()) if module.vf else [], "lr": config.vf_lr},
-    ]
-    adam = torch.optim.Adam(groups, eps=config.adam_eps)
-    parameters = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
+    policy_parameters = [*module.pi.parameters(), *module.heads.parameters()]
+    value_parameters = list(module.vf.parameters()) if module.vf else []
+    adam = SlowAdam([(policy_parameters, config.pi_lr), (value_parameters, config.vf_lr)], config.adam_eps)
+    parameters = policy_parameters + value_parameters
     generator = torch.Generator().manual_seed(1)
     leaves = [to_tensors(x) for x in (data.observation, data.action_mask, data.action, data.policy_action)]
     for _ in range(config.train_pi_iters):
@@ -109,15 +108,14 @@ def slow_update(algorithm: PPO, data: Batch) -> None:
             value_error = torch.nn.functional.mse_loss(seen.value, targets[index])
             loss = surrogate + config.vf_coef * value_error - config.ent_coef * seen.entropy.mean()
             gradients = torch.autograd.grad(loss, parameters)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient.clone()
-            torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or np.inf)
-            adam.step()
+            norm = torch.cat([gradient.reshape(-1) for gradient in gradients]).norm()
+            limit = config.max_grad_norm or np.inf
+            adam.step([gradient * min(1.0, limit / float(norm)) for gradient in gradients])
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.5, 0.05, None])
 def test_an_update_equals_the_plain_transcription(max_grad_norm: float | None) -> None:
-    """GAE, minibatch standardisation, one norm for both networks, Adam: as written down plainly."""
+    """GAE, minibatch standardisation, one norm for both networks, torch's Adam: as written down plainly."""
     ours, theirs = make({"max_grad_norm": max_grad_norm}), make({"max_grad_norm": max_grad_norm})
     ours.update(batch())
     slow_update(theirs, batch())
