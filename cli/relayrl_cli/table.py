@@ -127,7 +127,8 @@ class LiveView:
         """Redraws the table."""
         if not self._history or progress.seconds - self._history[-1].seconds >= HISTORY_SECONDS:
             self._history = [*self._history, progress][-HISTORY_ROWS:]
-        self._live.update(render([*self._history, progress]), refresh=True)
+        rows = self._history if self._history[-1] is progress else [*self._history, progress]
+        self._live.update(render(rows), refresh=True)
 
     def say(self, line: str) -> None:
         """Prints the line above the table."""

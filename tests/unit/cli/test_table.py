@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
-from relayrl_cli.table import HEADINGS, LineView, Progress, cells, open_view, render
+from relayrl_cli.table import HEADINGS, LineView, LiveView, Progress, cells, open_view, render
 
 PROGRESS = Progress(
     seconds=75.9,
@@ -75,6 +76,20 @@ def test_the_table_shows_history_and_now() -> None:
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert lines[0].split()[:3] == ["time", "steps", "steps/s"]
     assert [line.split()[1] for line in lines[1:]] == ["1", "2", "12,345"]
+
+
+def test_a_terminal_gets_a_table_without_double_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newest row stands once, and remarks above it."""
+    monkeypatch.setenv("COLUMNS", "120")
+    with LiveView() as view:
+        view.say("registry [x] restarted")
+        view.show(PROGRESS)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert "registry [x] restarted" in lines[0]
+    assert sum("12,345" in line for line in lines) == 1
 
 
 def test_a_pipe_gets_lines() -> None:
