@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +29,7 @@ from relayrl_shared.trajectory import RecordSchema
 Flag = bool | Sequence[bool] | NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True)
-class ActionResult:
+class ActionResult(NamedTuple):
     """What `request_action` gives.
 
     action: in the structure of the action space, stacked in the order of the actor ids; the bare action where

@@ -6,6 +6,7 @@ All rows are checked first: one bad row fails the call, and the error names the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from relayrl_shared.validation import check_action_mask, check_observation
 
 Arrays = dict[str, NDArray[Any]]
 
+_FEW_NUMBERS = 64
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -59,7 +61,6 @@ class ObservationReader:
         float_leaves = [leaf for leaf in schema.observation.leaves if leaf.numpy_dtype.kind == "f"]
         self._float_leaves = [] if allow_nan else [leaf.name for leaf in float_leaves]
         self._ranged = any(leaf.kind != "box" for leaf in schema.observation.leaves)
-        self._zeros: dict[tuple[int, str], NDArray[Any]] = {}
 
     def read(self, value: Any, selection: Selection) -> Arrays:
         """Leaf name → array [B, *shape] of the leaf's dtype.
@@ -100,17 +101,13 @@ class ObservationReader:
             return False  # flatten_batch says what is wrong
 
     def _is_finite(self, array: NDArray[Any]) -> bool:
-        """Whether no element is NaN or infinite: then, and only then, its product with zeros is 0.
+        """Whether no element is NaN or infinite; maybe False where a sum overflows: `_check` looks again.
 
-        One pass without a temporary; for a single observation a quarter of the time of isfinite().all().
+        A few numbers are added faster by Python than numpy begins to reduce them.
         """
-        key = (array.size, array.dtype.char)
-        zeros = self._zeros.get(key)
-        if zeros is None:
-            if len(self._zeros) > 64:
-                self._zeros.clear()
-            zeros = self._zeros[key] = np.zeros(array.size, array.dtype)
-        return bool(array.ravel().dot(zeros) == 0.0)
+        if array.size <= _FEW_NUMBERS:
+            return math.isfinite(sum(array.ravel().tolist()))
+        return bool(np.isfinite(array).all())
 
     def _check(self, leaves: Arrays, selection: Selection) -> None:
         def check_row(row: slice) -> None:

@@ -300,8 +300,10 @@ class Recorder:
         """
         with self.lock:
             columns, index = self.table.columns, selection.index
-            progress = columns.progress[index] + EACH_STEP
-            columns.progress[index] = progress
+            progress = columns.progress[index]
+            progress += EACH_STEP  # of the columns themselves where the index is a slice, else of a copy
+            if not isinstance(index, slice):
+                columns.progress[index] = progress
             if selection.recorded:
                 self._write_steps(selection, progress, tags, values)
             else:
@@ -317,8 +319,9 @@ class Recorder:
         ticks = tick[selection.environment_of] if one is None else tick.item(one)
         self.storage.write(progress[:, SLOT], ticks, tags, values)
         columns.phase[selection.index] = ACTING
-        if progress.item(0, ROOM) == 0 or not progress[:, ROOM].all():
-            columns.phase[selection.rows[progress[:, ROOM] == 0]] |= TURN
+        room = progress[:, ROOM]
+        if room.item() == 0 if len(room) == 1 else not room.all():
+            columns.phase[selection.rows[room == 0]] |= TURN
         self.counters.steps_total += len(selection)
 
     def _tick(self, selection: Selection, begun: Begun) -> None:
