@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -476,3 +478,88 @@ def test_killed_in_the_middle_of_appends_loses_nothing_accepted(
     assert all(held[int(sequence)] == trajectory_id for sequence, trajectory_id in accepted)
     assert sorted(held) == list(range(1, len(held) + 1))
     assert len(set(held.values())) == len(held)
+
+
+TRACED = """
+import os, sys
+from relayrl_client.spool import Spool
+from relayrl_shared.testing.trajectories import make_metadata
+
+with Spool(sys.argv[1], "spool") as spool:
+    spool.listen(lambda entries: os.write(1, b"accepted" * len(entries)))
+    for number in range(20):
+        spool.append(make_metadata(1, run_id="run"), b"body")
+        if number % 5 == 0:
+            spool.flush(30)
+"""
+
+
+@pytest.mark.skipif(
+    shutil.which("strace") is None, reason="no strace: the fsync before accepted is not proven"
+)
+def test_system_calls_show_the_fsync_before_accepted(tmp_path: Path) -> None:
+    """In the kernel's own order, every record was written, then fsynced, and then announced as accepted."""
+    trace = tmp_path / "trace"
+    calls = "trace=pwritev,pwritev2,fdatasync,write"
+    command = ["strace", "-f", "-e", calls, "-o", str(trace), sys.executable, "-c", TRACED, str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+
+    written = written_before_sync = durable = announced = 0
+    for line in trace.read_text().splitlines():
+        if "pwritev" in line:
+            finished = re.search(r"= (\d+)$", line)
+            written += finished is not None and int(finished[1]) > len(SEGMENT_MAGIC)
+        elif "fdatasync" in line and line.endswith("= 0"):
+            durable = written_before_sync if "resumed" in line else written
+        elif "fdatasync" in line:
+            written_before_sync = written
+        elif "write(1" in line:
+            announced += line.split('"')[1].count("accepted")
+            assert announced <= durable
+
+    assert announced == written == 20
+
+
+def test_copy_after_a_failed_fsync_counts_once(open_spool: Callable[..., Spool]) -> None:
+    """A record that lies in two files, as a failed fsync leaves it, is one entry, and both files go."""
+    failing = threading.Event()
+
+    def flaky(descriptor: int) -> None:
+        if failing.is_set():
+            failing.clear()
+            raise OSError(errno.EIO, "i/o error")
+        os.fdatasync(descriptor)
+
+    spool = open_spool(fsync=flaky)
+    fill(spool, 1)
+    failing.set()
+    fill(spool, 1)
+    assert len(list(spool.path.glob("*.segment"))) == 2
+    spool.close()
+
+    again = open_spool()
+
+    assert sequences(again) == [1, 2]
+    for sequence in (1, 2):
+        assert again.acknowledge("run", sequence)
+    assert list(again.path.glob("*.segment")) == []
+
+
+def test_listener_hears_of_nothing_that_is_not_accepted(open_spool: Callable[..., Spool]) -> None:
+    """What is there at the beginning and what comes later is all accepted, and all of it is heard of."""
+    gate = threading.Event()
+
+    def wait(descriptor: int) -> None:
+        gate.wait(30)
+
+    spool = open_spool(fsync=wait)
+    spool.append(make_metadata(1, run_id="run"), BODY)
+    heard: list[SpoolEntry] = []
+
+    there = spool.listen(heard.extend)
+
+    assert there == []
+    gate.set()
+    assert spool.flush(30)
+    spool.close()
+    assert [entry.sequence for entry in heard] == [1]
