@@ -103,12 +103,16 @@ def pids(directory: Path) -> list[int]:
     return [entry.pid for entry in stack.processes.values() if entry.pid is not None]
 
 
-@pytest.fixture
-def stack(commands: list[Command], stack_directory: Path) -> Path:
-    """A running stack; its directory."""
-    commands.append(up := Command("up", "--dir", stack_directory, "--auto-ports"))
-    up.expect("all services are ready")
-    return stack_directory
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A running stack that the tests of this file share, each with a run of its own; its directory."""
+    directory = tmp_path_factory.mktemp("shared") / "stack"
+    up = Command("up", "--dir", directory, "--auto-ports")
+    try:
+        up.expect("all services are ready")
+        yield directory
+    finally:
+        up.end()
 
 
 def test_demo_interrupted_while_training_drains_and_says_what_was_kept(
@@ -163,13 +167,13 @@ def test_a_stack_serves_training_and_survives_a_killed_service(stack: Path) -> N
         assert time.monotonic() < deadline, shown.stdout
     restarted = json.loads(shown.stdout)["processes"]["model-registry"]
 
-    trained = relayrl("train", "--preset", "cartpole-ppo", "--run", "r", "--steps", "1500", "--dir", stack)
+    trained = relayrl("train", "--preset", "cartpole-ppo", "--run", "kill", "--steps", "1500", "--dir", stack)
 
     assert restarted["restarts"] == 1
     assert restarted["pid"] != before[0]
     assert trained.returncode == 1, trained.stdout + trained.stderr
-    assert re.search(r"run r: 1,5\d\d steps", trained.stdout)
-    assert relayrl("audit", "r", "--dir", stack).returncode == 0
+    assert re.search(r"run kill: 1,5\d\d steps", trained.stdout)
+    assert relayrl("audit", "kill", "--dir", stack).returncode == 0
 
 
 def test_training_in_one_process_leaves_the_same_kind_of_record(tmp_path: Path) -> None:

@@ -48,10 +48,11 @@ def _train_in_process(plan: TrainingPlan, directory: Path | None, stop: threadin
     where = directory or Path(tempfile.mkdtemp(prefix="relayrl-in-process-"))
     log_to_file(where)
     print(f"all services in this process; state in {where}", flush=True)
-    with InProcessStack(where) as stack, open_view(sys.stdout) as view:
-        agent = build_training_agent(plan, stack.addresses, where)
-        with RunView(partial(stack.figures, plan.run)) as servers:
-            return TrainingSession(plan, agent, servers).run(stop, view)
+    services = InProcessStack(where)
+    agent = build_training_agent(plan, services.addresses, where)
+    ask = partial(services.figures, plan.run)
+    with services, RunView(ask) as servers, open_view(sys.stdout) as view:
+        return TrainingSession(plan, agent, servers).run(stop, view)
 
 
 def summary(plan: TrainingPlan, outcome: Outcome) -> str:
