@@ -6,12 +6,13 @@ then under the run's lock give positions and write the log, then the quarantine 
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
-from sqlalchemy import Connection, and_, select
+from sqlalchemy import Connection, and_, or_, select
 
 from relayrl_shared.store import quarantine, spools, storable, tables
 from relayrl_shared.store.database import Database, Row, chunks, insert, lock
@@ -22,6 +23,8 @@ from relayrl_shared.trajectory import TrajectoryMetadata
 
 Segment = tuple[str, int]  # (episode_id, segment_index)
 Place = tuple[str, str, int]  # (run_id, spool_id, sequence)
+_LOOKUP = 500  # trajectories of one query
+
 WriteBodies = Callable[[Connection, Sequence[Row]], set[str]]
 """Writes rows of `trajectories`; returns the ids that it wrote, all of them unless it skips known ones."""
 
@@ -66,7 +69,7 @@ def commit(
     database: Database, connection: Connection, batch: Sequence[IncomingTrajectory], options: Options
 ) -> list[CommitResult]:
     """Stores the batch; one result an element, in order."""
-    now = database.now(connection)
+    now = time.time()  # for people only: no decision reads it
     rows = spools.lock(connection, [_key(item.metadata) for item in batch])
     runs = {item.metadata.run_id for item in batch}
     if options.lock_runs_first:
@@ -97,14 +100,15 @@ def lock_runs(connection: Connection, run_ids: Iterable[str]) -> None:
 
 def _lookup(connection: Connection, batch: Sequence[IncomingTrajectory], rows: dict[Key, Spool]) -> Known:
     known, log = Known(), tables.trajectory_log
-    for ids in chunks(item.metadata.trajectory_id for item in batch):
-        query = select(log.c.trajectory_id, log.c.body_digest).where(log.c.trajectory_id.in_(ids))
-        known.digests.update((row.trajectory_id, row.body_digest) for row in connection.execute(query))
     indices = [item.metadata.segment_index for item in batch]
-    for episodes in chunks(item.metadata.episode_id for item in batch):
-        within = and_(log.c.episode_id.in_(episodes), log.c.segment_index.between(min(indices), max(indices)))
-        query = select(log.c.episode_id, log.c.segment_index, log.c.trajectory_id).where(within)
-        for row in connection.execute(query):
+    columns = (log.c.trajectory_id, log.c.body_digest, log.c.episode_id, log.c.segment_index)
+    for start in range(0, len(batch), _LOOKUP):
+        part = [item.metadata for item in batch[start : start + _LOOKUP]]
+        episodes = log.c.episode_id.in_(sorted({item.episode_id for item in part}))
+        same_segment = and_(episodes, log.c.segment_index.between(min(indices), max(indices)))
+        same_id = log.c.trajectory_id.in_(sorted({item.trajectory_id for item in part}))
+        for row in connection.execute(select(*columns).where(or_(same_id, same_segment))):
+            known.digests[row.trajectory_id] = row.body_digest
             known.segments[row.episode_id, row.segment_index] = row.trajectory_id
     _lookup_reused(connection, batch, rows, known)
     return known

@@ -26,8 +26,6 @@ from sqlalchemy import (
     Text,
     create_engine,
     exc,
-    func,
-    select,
     text,
 )
 
@@ -209,12 +207,14 @@ def merge_bodies(connection: Connection, rows: Sequence[Row]) -> set[str]:
 
 
 class Listener:
-    """Waits for notifications on a connection of its own, shared by the threads of a store."""
+    """Waits for and sends notifications on connections of its own, shared by the threads of a store."""
 
     def __init__(self, connect: Callable[[], psycopg.Connection[Any]]) -> None:
         self._connect = connect
         self._using = threading.Lock()
         self._connection: psycopg.Connection[Any] | None = None
+        self._sending = threading.Lock()
+        self._sender: psycopg.Connection[Any] | None = None
         self._closed = False
 
     def open(self) -> None:
@@ -240,16 +240,37 @@ class Listener:
         finally:
             self._using.release()
 
+    def notify(self) -> None:
+        """Wakes readers, apart from the durable transactions: NOTIFY would make those wait for each other.
+
+        A notification that cannot be sent is lost, which costs a reader one poll interval.
+        """
+        with self._sending:
+            try:
+                if self._sender is None and not self._closed:
+                    self._sender = self._connect()
+                    self._sender.autocommit = True
+                if self._sender is not None:
+                    self._sender.execute(f"NOTIFY {_CHANNEL}")
+            except (psycopg.Error, ConfigError):
+                self._drop_sender()
+
     def _drop(self) -> None:
         if self._connection is not None:
             self._connection.close()
         self._connection = None
 
+    def _drop_sender(self) -> None:
+        if self._sender is not None:
+            self._sender.close()
+        self._sender = None
+
     def close(self) -> None:
-        """Closes the connection once nobody waits on it, for good."""
-        with self._using:
+        """Closes the connections once nobody uses them, for good."""
+        with self._using, self._sending:
             self._closed = True
             self._drop()
+            self._drop_sender()
 
 
 class PostgresStore(SqlStore):
@@ -308,13 +329,8 @@ class PostgresStore(SqlStore):
     ) -> list[CommitResult]:
         with self._database.write() as connection:
             results = commits.commit(self._database, connection, batch, options)
-        self._notify()
+        self._listener.notify()
         return results
-
-    def _notify(self) -> None:
-        """Wakes readers, in a transaction of its own: NOTIFY makes commits wait for each other."""
-        with contextlib.suppress(StoreError), self._database.write() as connection:
-            connection.execute(select(func.pg_notify(_CHANNEL, "")))
 
     def wait(self, run_id: str, after_position: int, timeout_seconds: float) -> bool:
         """See `TrajectoryStore.wait`. False at once when the store is closed."""
