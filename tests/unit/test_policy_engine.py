@@ -270,7 +270,9 @@ def test_rounding_differences_pass_the_golden_vectors(artefact: PolicyArtefact) 
 
 def test_golden_output_of_another_shape_is_found(artefact: PolicyArtefact) -> None:
     """Golden outputs that would only compare by broadcasting are refused."""
-    inputs, outputs = decode_golden(artefact.golden)
+    alike = ({n: np.repeat(a[:1], 8, 0) for n, a in side.items()} for side in decode_golden(artefact.golden))
+    inputs, outputs = alike
+    load_policy(seal(msgspec.structs.replace(artefact, golden=encode_golden(inputs, outputs))))
     outputs["value"] = outputs["value"][:1]
     with pytest.raises(GoldenMismatch, match="value"):
         load_policy(seal(msgspec.structs.replace(artefact, golden=encode_golden(inputs, outputs))))

@@ -277,6 +277,19 @@ def test_box_actions_are_inside_the_space_to_the_last_bit(space: spaces.Box, sca
     assert u.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int64, np.uint64, np.int8])
+def test_extreme_samples_become_the_finite_extremes_of_their_side(dtype: Any) -> None:
+    """A huge sample is not infinite, and does not wrap around to the other end."""
+    floats = np.dtype(dtype).kind == "f"
+    low, high = (-np.inf, np.inf) if floats else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    head = gaussian(spaces.Box(low, high, (1,), dtype=dtype))
+    action, _ = head.sample(torch.tensor([[1e30], [-1e30]]), torch.zeros(2, 1))
+    largest, smallest = action.detach().numpy()[:, 0]
+    assert np.isfinite([largest, smallest]).all()
+    assert float(largest) > 100
+    assert float(smallest) == 0 if dtype is np.uint64 else float(smallest) < -100
+
+
 def test_integer_boxes_are_rounded() -> None:
     """Integers get the nearest value, so that the greedy action is the mode."""
     head = gaussian(spaces.Box(-5, 5, (4,), np.int32))
