@@ -93,7 +93,7 @@ def all_bits(columns: Columns) -> dict[str, Any]:
     return {name: bits(value if isinstance(value, dict) else {"": value}) for name, value in values.items()}
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(schemas(), st.integers(1, 40), seeds)
 def test_columns_read_back_in_every_bit(schema: RecordSchema, steps: int, seed: int) -> None:
     """NaN payloads, what lies under nulls, absent masks and every dtype survive."""
@@ -104,7 +104,7 @@ def test_columns_read_back_in_every_bit(schema: RecordSchema, steps: int, seed: 
     assert all_bits(columns) == all_bits(decoded)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(schemas(), seeds)
 def test_final_observation_reads_back_in_every_bit(schema: RecordSchema, seed: int) -> None:
     """The final observation and its mask survive, a mask that allows nothing included."""
@@ -116,7 +116,7 @@ def test_final_observation_reads_back_in_every_bit(schema: RecordSchema, seed: i
     assert bits(final.action_mask) == bits(decoded.action_mask)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(schemas(), st.integers(1, 9), seeds, st.booleans())
 def test_table_reads_back(schema: RecordSchema, steps: int, seed: int, with_final: bool) -> None:
     """A table, also after an IPC file, gives schema, metadata, columns and final observation back."""
@@ -134,7 +134,7 @@ def test_table_reads_back(schema: RecordSchema, steps: int, seed: int, with_fina
     assert (read.final_observation is not None) == with_final
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(schemas())
 def test_schema_reads_back(schema: RecordSchema) -> None:
     """A schema's msgpack gives the schema, and equal schemas have equal digests."""

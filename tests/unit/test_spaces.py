@@ -69,7 +69,7 @@ def same(expected: Any, actual: Any) -> bool:
     return np.array_equal(expected, actual, equal_nan=np.asarray(expected).dtype.kind == "f")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(any_space)
 def test_space_comes_back(space: spaces.Space[Any]) -> None:
     """A space, its spec, the spec's JSON and msgpack all stand for the same space."""
@@ -82,7 +82,7 @@ def test_space_comes_back(space: spaces.Space[Any]) -> None:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(any_space, st.integers(0, 2**31))
 def test_value_comes_back(space: spaces.Space[Any], seed: int) -> None:
     """A sample flattens to arrays of the leaves' shapes and dtypes, and unflattens to itself."""

@@ -357,8 +357,12 @@ class Spool:
 
     def _announce(self, entries: list[SpoolEntry]) -> None:
         listener = self._listener
-        if listener is not None:
+        if listener is None:
+            return
+        try:
             listener(entries)
+        except Exception:  # noqa: BLE001  # a listener's fault must not end the fsyncs
+            _log.exception("the listener of the spool %s failed", self.path)
 
     def listen(self, on_accepted: OnAccepted) -> list[SpoolEntry]:
         """Calls back with every batch of entries that becomes accepted, from the fsync thread.

@@ -5,11 +5,14 @@ Not thread-safe: the spool calls under its lock.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from relayrl_client.spool_files import SEGMENT_SUFFIX, SegmentFile, SpoolDirectory
 from relayrl_client.spool_records import SEGMENT_MAGIC, Scan
+
+_log = logging.getLogger(__name__)
 
 
 class SegmentSet:
@@ -86,7 +89,10 @@ class SegmentSet:
         except OSError:
             return False  # a full disk; it is tried again when room is needed
         del self._segments[segment.path]
-        segment.delete()
+        try:
+            segment.delete()
+        except OSError as exc:
+            _log.warning("%s cannot be deleted (%s); the next start sends it again", segment.path, exc)
         return True
 
     def free_done(self) -> bool:

@@ -186,7 +186,7 @@ class TrajectorySender:
             for spool, entries in offers:
                 self._window.offer(spool, entries)
             for subject, message, error in replies:
-                self._handle(subject, message, error)
+                self._handle_safely(subject, message, error)
             if not self._paused:
                 self._send_what_may_go()
 
@@ -233,6 +233,17 @@ class TrajectorySender:
         with self._changed:
             self._replies.append((subject, message, error))
             self._changed.notify_all()
+
+    def _handle_safely(
+        self, subject: Parcel | str, message: AnyMessage | None, error: RelayRLError | None
+    ) -> None:
+        """A fault over one answer costs a resend of that one, never the thread that serves the others."""
+        try:
+            self._handle(subject, message, error)
+        except Exception as fault:  # noqa: BLE001  # see above
+            _log.exception("an answer could not be handled")
+            if isinstance(subject, Parcel):
+                self._retry(subject, repr(fault))
 
     def _handle(self, subject: Parcel | str, message: AnyMessage | None, error: RelayRLError | None) -> None:
         if isinstance(subject, str):
