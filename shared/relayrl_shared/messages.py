@@ -94,7 +94,7 @@ class Limits(msgspec.Struct, kw_only=True, frozen=True):
 
 # agent listener → client.
 class Welcome(Message, kw_only=True, frozen=True, tag="welcome"):
-    """The run as it is. `rollout_steps` None: batches are whole episodes. `learner_update` counts finished updates."""
+    """The run as it is. rollout_steps None: batches are whole episodes. learner_update: finished updates."""
 
     run_id: str
     run_name: str
@@ -115,7 +115,7 @@ class Welcome(Message, kw_only=True, frozen=True, tag="welcome"):
 
 # client → agent listener, every `heartbeat_seconds`. Answer: heartbeat_reply.
 class Heartbeat(Message, kw_only=True, frozen=True, tag="heartbeat"):
-    """Keeps the client's actors alive, proves the audit identity, reports the versions in use, asks for steps."""
+    """Keeps the client's actors alive, proves the audit identity, reports versions in use, asks for steps."""
 
     client_id: str
     run_id: str
@@ -229,7 +229,7 @@ class PutBlob(Message, kw_only=True, frozen=True, tag="put_blob"):
 
 # learner → model server. Payload: [manifest JSON]. Answer: published or error.
 class Publish(Message, kw_only=True, frozen=True, tag="publish"):
-    """Makes a version visible. Idempotent by key; the same key with other digests is an error (contracts G1)."""
+    """Makes a version visible. Idempotent by key; the same key with other digests is refused (contracts G1)."""
 
     intent_id: str
     policy: str

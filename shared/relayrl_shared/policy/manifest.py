@@ -37,8 +37,8 @@ class GraphOutputs(msgspec.Struct, kw_only=True, frozen=True):
 class PolicyManifest(msgspec.Struct, kw_only=True, frozen=True):
     """A policy version.
 
-    Graph inputs, in order: observation leaves by their names [B, *shape]; mask leaves named `action_mask` + path
-    (bool [B, sum nvec] or [B, n, 2] for multi_binary) for each leaf in `masked_leaves`; noise leaves.
+    Graph inputs, in order: observation leaves by their names [B, *shape]; mask leaves named `action_mask` +
+    path (bool [B, sum nvec] or [B, n, 2] for multi_binary) for each leaf in `masked_leaves`; noise leaves.
     Graph outputs, in order: action leaves by their names; `policy_action` + path for those in
     `outputs.policy_action`; `behaviour_log_prob` [B]; `leaf_log_prob` + path [B] each; `value` [B].
     policy_version is None until the registry gives one.
@@ -68,7 +68,7 @@ class PolicyManifest(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class PolicyArtefact(msgspec.Struct, frozen=True):
-    """A manifest with the bytes that its digests name. Nothing here is trusted before `engine.load_policy`."""
+    """A manifest with the bytes that its digests name; nothing is trusted before `engine.load_policy`."""
 
     manifest: PolicyManifest
     graph: bytes
