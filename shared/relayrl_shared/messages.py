@@ -229,7 +229,7 @@ class PutBlob(Message, kw_only=True, frozen=True, tag="put_blob"):
 
 # learner → model server. Payload: [manifest JSON]. Answer: published or error.
 class Publish(Message, kw_only=True, frozen=True, tag="publish"):
-    """Makes a version visible. Idempotent by key; the same key with other digests is refused (contracts G1)."""
+    """Makes a version visible. Idempotent by key; the key with other digests is refused (contracts G1)."""
 
     intent_id: str
     policy: str
