@@ -1,4 +1,4 @@
-"""Random use of an agent against a naive model: a plain list of steps an actor, closed as the contracts say."""
+"""Random use of an agent against a naive model: a list of steps an actor, closed as the contracts say."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from relayrl_client.testing import offline_agent
 from relayrl_shared.errors import InferenceError
 
 ENVIRONMENT = gymnasium.make("CartPole-v1")
-MAX_SEGMENT_STEPS = 3
-ROLLOUT_STEPS = 5
+MAX_SEGMENT_STEPS = 2
+ROLLOUT_STEPS = 3
 
 
 @dataclass
@@ -145,12 +145,17 @@ class Recording(RuleBasedStateMachine):
         chosen=st.lists(actors, min_size=1, max_size=4, unique_by=id),
         value=st.integers(-5, 5),
         fail=st.booleans(),
+        times=st.integers(1, 5),
     )
-    def act(self, chosen: list[Actor], value: int, fail: bool) -> None:
-        """A call of some actors, which may fail after its rewards were written."""
+    def act(self, chosen: list[Actor], value: int, fail: bool, times: int) -> None:
+        """Calls of some actors, which may fail after their rewards were written."""
         chosen = [model for model in chosen if not model.removed]
-        if not chosen:
-            return
+        if chosen:
+            for _ in range(times):
+                self.call(chosen, value, fail)
+
+    def call(self, chosen: list[Actor], value: int, fail: bool) -> None:
+        """One call."""
         observation, rewards = self.show(chosen), self.rewards(chosen, float(value))
         self.inference.broken = fail and value > 2
         for model, row, reward in zip(chosen, observation, rewards, strict=True):
