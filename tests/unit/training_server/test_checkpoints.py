@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -135,17 +138,26 @@ def test_an_older_token_is_fenced_off(tmp_path: Path) -> None:
     assert newer.newest("run") == (make(fencing_token=4), True)
 
 
-def test_a_full_disk_leaves_the_checkpoints_before_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """Writes beyond this size fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_it(tmp_path: Path) -> None:
     """A write that fails is a typed, retryable error, and leaves no half file behind."""
     directory = CheckpointDirectory(tmp_path, retention=2)
     directory.save(make(1))
-    (tmp_path / ".checkpoint-000000000002.relayrl.tmp").mkdir()  # what cannot be opened cannot be written
-    with pytest.raises(StorageFull) as raised:
+    with files_no_larger_than(100), pytest.raises(StorageFull) as raised:
         directory.save(make(2))
 
     assert raised.value.retryable
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000000000001.relayrl"]
     assert directory.newest("run") == (make(1), True)
 
 

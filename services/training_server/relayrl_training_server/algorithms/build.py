@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.utils.deterministic
 
 from relayrl_shared.spaces import ActionSpec, ObservationSpec
 from relayrl_training_server.algorithms.base import Algorithm
@@ -56,7 +57,10 @@ def build_algorithm(
 def use_deterministic_torch() -> None:
     """One thread and deterministic kernels for the whole process (contracts F2)."""
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+    # `use_deterministic_algorithms` would do the same, and load the compiler, which takes seconds.
+    torch.set_deterministic_debug_mode("error")
+    # Filling fresh memory costs time, and nothing here reads what it did not write.
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010  # a property of a module
 
 
 def _network(config: AlgorithmConfig) -> NetworkSettings:
