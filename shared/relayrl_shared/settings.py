@@ -18,20 +18,29 @@ and the nearest valid key.
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType, NoneType
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import msgspec
 from msgspec import Meta, inspect
 
 from relayrl_shared.errors import ConfigError
+from relayrl_shared.settings_types import (
+    KeyPath,
+    as_text,
+    child_of,
+    fields_of,
+    leaf_paths,
+    members,
+    parse_text,
+    struct_of,
+    unknown_key,
+)
 
 S = TypeVar("S", bound="Settings")
-KeyPath = tuple[str, ...]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 """A TCP port; 0 lets the system choose one where something binds."""
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
@@ -184,7 +193,7 @@ def as_overrides(settings: Settings) -> dict[str, str]:
         if isinstance(value, Settings):
             tree |= {f"{field.encode_name}.{key}": text for key, text in as_overrides(value).items()}
         else:
-            tree[field.encode_name] = _as_text(value, field.type)
+            tree[field.encode_name] = as_text(value, field.type)
     return tree
 
 
@@ -209,7 +218,7 @@ def json_schema(cls: type[Settings]) -> dict[str, Any]:
 
 def valid_keys(cls: type[Settings]) -> list[str]:
     """Every dotted key that a file, a variable or `--set` may give."""
-    return sorted(".".join(path) for path in _paths(inspect.type_info(cls)))
+    return sorted(".".join(path) for path in leaf_paths(inspect.type_info(cls)))
 
 
 # ---- reading ----------------------------------------------------------------------------------------------
@@ -240,12 +249,12 @@ def _struct_defaults(cls: type[Settings]) -> dict[str, Any]:
 
 def _merge(into: dict[str, Any], tree: dict[str, Any], node: inspect.Type) -> None:
     """Puts `tree` over `into`: structs field by field, everything else whole."""
-    fields = _fields(node)
+    fields = fields_of(node)
     for key, value in tree.items():
         child = fields.get(key)
         if (
             child is not None
-            and _struct(child)
+            and struct_of(child)
             and isinstance(value, dict)
             and isinstance(into.get(key), dict)
         ):
@@ -272,8 +281,8 @@ def _assignments(
 def _standard_variables(cls: type[Settings], path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
     for field, variable in cls.standard_variables.items():
         yield (*path, field), variable
-    for name, node in _fields(inspect.type_info(cls)).items():
-        struct = _struct(node)
+    for name, node in fields_of(inspect.type_info(cls)).items():
+        struct = struct_of(node)
         if struct is not None and issubclass(struct.cls, Settings):
             yield from _standard_variables(struct.cls, (*path, name))
 
@@ -285,13 +294,13 @@ def _variable_prefix(prefix: str) -> str:
 def _assign(tree: dict[str, Any], root: inspect.Type, path: KeyPath, text: str, source: str) -> None:
     node: inspect.Type = root
     for depth, key in enumerate(path):
-        child = _child(node, key)
+        child = child_of(node, key)
         if child is None:
-            raise ConfigError(_unknown(path[: depth + 1], root, source))
+            raise ConfigError(unknown_key(path[: depth + 1], root, source))
         node = child
         if depth < len(path) - 1:
             tree = _descend(tree, key)
-    tree[path[-1]] = _parse(text, node)
+    tree[path[-1]] = parse_text(text, node)
 
 
 def _descend(tree: dict[str, Any], key: str) -> dict[str, Any]:
@@ -301,93 +310,25 @@ def _descend(tree: dict[str, Any], key: str) -> dict[str, Any]:
     return child
 
 
-def _parse(text: str, node: inspect.Type) -> Any:
-    """Text of a variable or `--set` → value: as JSON where the type wants that, else the text itself."""
-    if _is_text(node) or (_struct(node) is not None and not text.lstrip().startswith("{")):
-        return text
-    try:
-        value = msgspec.json.decode(text)
-    except msgspec.DecodeError:
-        return _parse_loosely(text, node)
-    return value if isinstance(value, (str, NoneType)) or not _is_optional_text(node) else text
-
-
-def _parse_loosely(text: str, node: inspect.Type) -> Any:
-    """`True` for a bool, as shells and YAML files write it; everything else stays text."""
-    if isinstance(node, inspect.BoolType) and text.lower() in {"true", "false"}:
-        return text.lower() == "true"
-    return text
-
-
-# ---- walking the types ------------------------------------------------------------------------------------
-
-
-def _members(node: inspect.Type) -> tuple[inspect.Type, ...]:
-    if isinstance(node, inspect.Metadata):
-        return _members(node.type)
-    return node.types if isinstance(node, inspect.UnionType) else (node,)
-
-
-def _struct(node: inspect.Type) -> inspect.StructType | None:
-    return next((member for member in _members(node) if isinstance(member, inspect.StructType)), None)
-
-
-def _is_text(node: inspect.Type) -> bool:
-    return all(
-        isinstance(member, inspect.StrType)
-        or (isinstance(member, inspect.LiteralType) and all(isinstance(v, str) for v in member.values))
-        for member in _members(node)
-    )
-
-
-def _is_optional_text(node: inspect.Type) -> bool:
-    """Whether anything but `null` and a quoted string can only be meant as text, as `5` for `str | None`."""
-    return all(isinstance(member, (inspect.StrType, inspect.NoneType)) for member in _members(node))
-
-
-def _fields(node: inspect.Type) -> dict[str, inspect.Type]:
-    struct = _struct(node)
-    return {field.encode_name: field.type for field in struct.fields} if struct else {}
-
-
-def _child(node: inspect.Type, key: str) -> inspect.Type | None:
-    if _struct(node) is not None:
-        return _fields(node).get(key)
-    for member in _members(node):
-        if isinstance(member, inspect.DictType):
-            return member.value_type
-        if isinstance(member, inspect.AnyType):
-            return member
-    return None
-
-
-def _paths(node: inspect.Type, path: KeyPath = ()) -> Iterator[KeyPath]:
-    for name, child in _fields(node).items():
-        if _struct(child):
-            yield from _paths(child, (*path, name))
-        else:
-            yield (*path, name)
-
-
 # ---- checking ---------------------------------------------------------------------------------------------
 
 
 def _checked(tree: Any, root: inspect.Type, source: str) -> Any:
     """The tree with every other way of writing resolved. Raises ConfigError that lists all unknown keys."""
     problems: list[str] = []
-    tree = _walk(tree, root, (), lambda path: problems.append(_unknown(path, root, source)))
+    tree = _walk(tree, root, (), lambda path: problems.append(unknown_key(path, root, source)))
     if problems:
         raise ConfigError("\n".join(problems))
     return tree
 
 
 def _walk(tree: Any, node: inspect.Type, path: KeyPath, report: Any) -> Any:
-    struct = _struct(node)
+    struct = struct_of(node)
     if struct is not None:
         if issubclass(struct.cls, Settings):
             tree = struct.cls.normalise(tree)
         return _walk_struct(tree, node, path, report) if isinstance(tree, dict) else tree
-    for member in _members(node):
+    for member in members(node):
         if isinstance(member, inspect.DictType) and isinstance(tree, dict):
             return {key: _walk(value, member.value_type, (*path, key), report) for key, value in tree.items()}
         if isinstance(member, (inspect.ListType, inspect.VarTupleType)) and isinstance(tree, (list, tuple)):
@@ -396,34 +337,12 @@ def _walk(tree: Any, node: inspect.Type, path: KeyPath, report: Any) -> Any:
 
 
 def _walk_struct(tree: dict[str, Any], node: inspect.Type, path: KeyPath, report: Any) -> dict[str, Any]:
-    fields = _fields(node)
+    fields = fields_of(node)
     for key in tree.keys() - fields.keys():
         report((*path, key))
     return {
         key: _walk(value, fields[key], (*path, key), report) for key, value in tree.items() if key in fields
     }
-
-
-def _unknown(path: KeyPath, root: inspect.Type, source: str) -> str:
-    dotted = ".".join(path)
-    nearest = _nearest(path, root)
-    hint = f"; did you mean '{nearest}'?" if nearest else ""
-    return f"{source}: unknown key '{dotted}'{hint}"
-
-
-def _nearest(path: KeyPath, root: inspect.Type) -> str | None:
-    """A sibling that is spelt alike, else the key anywhere whose last part or whole path is nearest."""
-    node: inspect.Type | None = root
-    for key in path[:-1]:
-        node = _child(node, key) if node is not None else None
-    siblings = difflib.get_close_matches(path[-1], _fields(node) if node is not None else (), n=1, cutoff=0.6)
-    if siblings:
-        return ".".join((*path[:-1], siblings[0]))
-    everywhere = {".".join(candidate): candidate for candidate in _paths(root)}
-    same_name = [dotted for dotted, parts in everywhere.items() if parts[-1] == path[-1]]
-    return next(
-        iter(same_name or difflib.get_close_matches(".".join(path), everywhere, n=1, cutoff=0.0)), None
-    )
 
 
 _PLACE = re.compile(r"^(?P<what>.*?) - at `(?P<place>[^`]*)`$", re.DOTALL)
@@ -445,7 +364,3 @@ def _shown(tree: Any, place: str) -> str:
             return ""
         tree = tree[key]
     return f" (it is {tree!r})" if place and not isinstance(tree, dict) else ""
-
-
-def _as_text(value: Any, node: inspect.Type) -> str:
-    return str(value) if _is_text(node) else msgspec.json.encode(value).decode()

@@ -50,6 +50,7 @@ class Example(Settings, frozen=True, kw_only=True):
     limits: Limits = Limits()
     rate: Annotated[float, Meta(ge=0)] = 0.5
     enabled: bool = False
+    strict: bool | None = None
     directory: str = "data"
     title: str | None = None
     workers: int | None = None
@@ -206,6 +207,7 @@ def test_a_spelling_that_is_no_address_says_how_to_write_one() -> None:
 def test_booleans_are_read_as_shells_write_them(text: str, value: bool) -> None:
     """JSON's spelling and a capital letter."""
     assert load(enabled=text).enabled is value
+    assert load(strict=text).strict is value
 
 
 @pytest.mark.parametrize(
