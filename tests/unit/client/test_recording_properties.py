@@ -240,5 +240,5 @@ class Recording(RuleBasedStateMachine):
 
 TestRecording = pytest.mark.slow(Recording.TestCase)
 TestRecording.settings = settings(
-    max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=8, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
 )
