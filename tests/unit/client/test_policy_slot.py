@@ -22,7 +22,8 @@ from relayrl_shared.trajectory import RecordSchema
 ENVIRONMENT = gymnasium.make("CartPole-v1")
 OBSERVATION = ObservationSpec.from_gymnasium(ENVIRONMENT.observation_space)
 ACTION = ActionSpec.from_gymnasium(ENVIRONMENT.action_space)
-OTHER = ObservationSpec.from_gymnasium(gymnasium.spaces.Box(0, 1, (3,)))
+BOX = gymnasium.spaces.Box(0, 1, (3,))
+OTHER = ObservationSpec.from_gymnasium(BOX)
 SCHEMA = RecordSchema(observation=OBSERVATION, action=ACTION)
 
 
@@ -31,7 +32,7 @@ def version(number: int) -> PolicyArtefact:
 
 
 def test_no_call_sees_two_versions_while_threads_act() -> None:
-    """Threads act while versions are swapped: each row's outputs are exactly those of the version it names."""
+    """While threads act and versions swap, the outputs of each row are those of the version it names."""
     agent, delivery = offline_agent(ENVIRONMENT, actor_count=3, max_segment_steps=50)
     versions = [version(number) for number in range(1, 6)]
     seen = np.linspace(-1, 1, 4, dtype=np.float32)
