@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from prometheus_client import CollectorRegistry
 
@@ -35,6 +35,9 @@ from relayrl_training_server.settings import LimitSettings, TrainingServerSettin
 LOG = logs.get_logger(__name__)
 
 MAINTENANCE_SECONDS = 1.0
+AVAILABLE_POLL_SECONDS = 0.5
+
+T = TypeVar("T")
 
 
 class Ingest:
@@ -221,13 +224,30 @@ class Ingest:
         self.close()
 
 
+def when_available(make: Callable[[], T], stop: threading.Event) -> T | None:
+    """What `make` makes, as soon as the database that it needs is there; None if `stop` came first."""
+    told = False
+    while not stop.is_set():
+        try:
+            return make()
+        except StoreUnavailable as error:
+            if not told:
+                LOG.warning("the store is not available yet; waiting for it", reason=str(error))
+            told = True
+            stop.wait(AVAILABLE_POLL_SECONDS)
+    return None
+
+
 def run_ingest(settings: TrainingServerSettings) -> int:
     """The process: serves until a signal. Returns the exit status."""
     logs.configure("training-server-ingest", settings.log)
     exporter = telemetry.configure("training-server", settings.telemetry)
     try:
-        with StopSignal() as stop, Ingest(settings, drain=stop.stop) as ingest:
-            ingest.run(stop.event)
+        with StopSignal() as stop:
+            ingest = when_available(lambda: Ingest(settings, drain=stop.stop), stop.event)
+            if ingest is not None:
+                with ingest:
+                    ingest.run(stop.event)
     finally:
         exporter.close()
     return 0

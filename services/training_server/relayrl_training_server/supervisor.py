@@ -18,7 +18,7 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from relayrl_shared import lifecycle, logs, telemetry
-from relayrl_shared.errors import RelayRLError
+from relayrl_shared.errors import RelayRLError, StoreUnavailable
 from relayrl_shared.lifecycle import StopSignal
 from relayrl_shared.settings import HttpSettings
 from relayrl_shared.store.interface import Run, TrajectoryStore
@@ -57,18 +57,33 @@ class Supervisor:
     ) -> None:
         self._settings = settings
         self._store_problem: str | None = "not looked at yet"
+        self._store: TrajectoryStore | None = None
         self._runs: list[Run] = []
         self.metrics = CollectorRegistry()
         self._keeper = ChildKeeper(settings.server.supervisor, child_arguments)
         watch_children(self.metrics, self._keeper.statuses)
         with ExitStack() as stack:
-            self.store: TrajectoryStore = open_store(
-                settings.store_url, allow_unsafe=settings.server.allow_unsafe_store
-            )
-            stack.callback(self.store.close)
+            stack.callback(self._close_store)
             self.http = lifecycle.serve_http(create_supervisor_app(self, drain), settings.server.http)
             stack.callback(self.http.close)
             self._closing = stack.pop_all()
+
+    @property
+    def store(self) -> TrajectoryStore:
+        """The store, for reading. Raises StoreUnavailable until it could be opened."""
+        if self._store is None:
+            raise StoreUnavailable(f"the store could not be opened yet: {self._store_problem}")
+        return self._store
+
+    def _open_store(self) -> TrajectoryStore:
+        if self._store is None:
+            allow_unsafe = self._settings.server.allow_unsafe_store
+            self._store = open_store(self._settings.store_url, allow_unsafe=allow_unsafe)
+        return self._store
+
+    def _close_store(self) -> None:
+        if self._store is not None:
+            self._store.close()
 
     def run(self, stop: threading.Event) -> None:
         """Keeps the children until `stop`, then drains them."""
@@ -86,7 +101,7 @@ class Supervisor:
     def _look(self) -> None:
         """Reads the runs and says which children there should be; the last answer stands without a store."""
         try:
-            self._runs = self.store.runs()
+            self._runs = self._open_store().runs()
             self._store_problem = None
         except RelayRLError as error:
             self._store_problem = str(error)

@@ -19,7 +19,7 @@ from blake3 import blake3
 from relayrl_shared.policy.manifest import GraphOutputs, NoiseLeaf, PolicyArtefact, PolicyManifest
 from relayrl_shared.spaces import ActionSpec, LeafSpec, ObservationSpec
 
-START_SECONDS = 30.0
+START_SECONDS = 60.0
 
 
 def opaque_artefact(
@@ -140,7 +140,11 @@ class ServiceProcess:
 
     def __enter__(self) -> Self:
         self.start()
-        self.wait_ready()
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.kill()
+            raise
         return self
 
     def __exit__(

@@ -143,3 +143,29 @@ def test_readiness_of_a_child_that_cannot_be_asked_is_its_life() -> None:
     assert readiness_problem(HttpSettings(enabled=False, port=1)) is None
     assert readiness_problem(HttpSettings(port=0)) is None
     assert "does not answer" in (readiness_problem(HttpSettings(port=free_ports(1)[0])) or "")
+
+
+def test_without_a_database_it_serves_and_says_what_it_waits_for(tmp_path: Path) -> None:
+    """A Postgres that is not there yet is a reason in readiness, not an end; ingest waits for it too."""
+    http_port, nowhere = free_ports(2)
+    settings = {
+        "training_server_config.store": f"postgresql://user@127.0.0.1:{nowhere}/nothing",
+        "training_server_config.http.port": http_port,
+        "training_server_config.ingest.http.enabled": "false",
+    }
+    arguments = ["supervise"]
+    for key, value in settings.items():
+        arguments += ["--set", f"{key}={value}"]
+    service = ServiceProcess("relayrl_training_server", arguments, http_port, tmp_path / "supervisor.log")
+    service.start()
+    try:
+        wait_until(lambda: "not available yet" in (tmp_path / "supervisor.log").read_text())
+        ready = httpx.get(f"{service.url}/readyz", timeout=5)
+        runs = httpx.get(f"{service.url}/v1/runs", timeout=5)
+        [ingest] = httpx.get(f"{service.url}/v1/processes", timeout=5).json()
+    finally:
+        assert service.terminate() == 0
+
+    assert (ready.status_code, ingest["state"], ingest["deaths_total"]) == (503, "running", 0)
+    assert "refused" in ready.json()["checks"]["store"]
+    assert (runs.status_code, runs.json()["code"]) == (503, "store_unavailable")
