@@ -185,6 +185,14 @@ class TestConflicts:
         assert outcomes(store, second) == ["conflict"]
         assert outcomes(store, second) == ["known"]
 
+    def test_a_batch_settles_sequences_in_its_order(self, store: TrajectoryStore) -> None:
+        """Once a conflict took a sequence, another trajectory of it in the same batch is not stored."""
+        store.commit([make_trajectory(1)])
+        conflict = make_trajectory(2, episode_id="spool-1-episode-00000001")
+        late = make_trajectory(2, trajectory_id="late", episode_id="late")
+        assert outcomes(store, conflict, late) == ["conflict", "known"]
+        assert store.audit(RUN_ID).missing == 0
+
     @pytest.mark.parametrize(
         "changes",
         [{"actor_id": "a\0b"}, {"spool_id": "s\0"}, {"first_step_index": 1 << 63}, {"steps": 1 << 31}],
