@@ -17,7 +17,9 @@ from relayrl_client.inference import Inference
 from relayrl_client.recorder import Recorder
 from relayrl_shared.errors import EpisodeError, PacingTimeout
 
-_POLL_SECONDS = 0.25
+_LEASE_POLL_SECONDS = 0.05
+_LEASE_ASK_SECONDS = 0.02  # heartbeats for steps come no faster
+_LEASE_CALLS = 64  # how many calls ahead steps are asked for
 
 
 @dataclass(slots=True)
@@ -145,11 +147,12 @@ class RolloutPacing:
 class LeasePacing:
     """Acts on steps granted by the learner (contracts E2): whole-episode batches under `block`.
 
-    The session asks for steps in its heartbeats and calls `grant`; `on_shortage` makes it ask at once.
+    Steps are asked for ahead: a grant is for many calls, and the next is asked for before it is used up. The
+    session asks in its heartbeats and calls `grant`; `on_shortage` makes it ask at once.
 
     Args:
         is_stopping: True ends every wait.
-        on_shortage: called when a call has to wait.
+        on_shortage: called when steps run short; must not block.
         servers_are_up: False: calls go on unpaced where the lag bound is above 0.
         max_policy_lag: in updates.
     """
@@ -171,8 +174,10 @@ class LeasePacing:
         self._changed = threading.Condition()
         self._steps = 0
         self._expires_at = 0.0
-        self._wanted = 0
+        self._most_taken = 0  # in one call
+        self._waiting_for = 0  # by all waiting calls
         self._used = 0
+        self._asked_at = 0.0
 
     def grant(self, steps: int, expires_in_seconds: float) -> None:
         """Add granted steps. What was left of an expired grant is gone."""
@@ -188,7 +193,8 @@ class LeasePacing:
         """Steps wanted now, and steps used since the last report."""
         with self._changed:
             used, self._used = self._used, 0
-            return self._wanted, used
+            ahead = self._most_taken * _LEASE_CALLS - self._left()
+            return max(ahead, self._waiting_for, 0), used
 
     def admit(self, selection: Selection, rollout: int | None, deadline: float) -> None:
         """See `Admission.admit`; takes one step an actor."""
@@ -196,11 +202,23 @@ class LeasePacing:
             return
         steps = len(selection)
         with self._changed:
+            self._most_taken = max(self._most_taken, steps)
             if not self._take(steps):
                 self._wait(steps, deadline)
+            elif self._left() < self._most_taken * _LEASE_CALLS // 4:
+                self._ask()
+
+    def _ask(self) -> None:
+        now = time.monotonic()
+        if now - self._asked_at >= _LEASE_ASK_SECONDS:
+            self._asked_at = now
+            self._on_shortage()
+
+    def _left(self) -> int:
+        return self._steps if time.monotonic() < self._expires_at else 0
 
     def _take(self, steps: int) -> bool:
-        if self._steps < steps or time.monotonic() >= self._expires_at:
+        if self._left() < steps:
             return False
         self._steps -= steps
         self._used += steps
@@ -209,21 +227,23 @@ class LeasePacing:
     def _wait(self, steps: int, deadline: float) -> None:
         began = time.monotonic()
         self.counters.waits_total += 1
-        self._wanted += steps
+        self._waiting_for += steps
         try:
-            self._on_shortage()
             while not self._take(steps):
-                remaining = deadline - time.monotonic()
-                unpaced = self.max_policy_lag > 0 and not self._servers_are_up()
-                if unpaced and not self._is_stopping():
+                if self._goes_on_unpaced():
                     self.counters.unpaced_rollouts_total += 1
                     return
+                remaining = deadline - time.monotonic()
                 if remaining <= 0 or self._is_stopping():
                     self.counters.timeouts_total += 1
                     raise PacingTimeout(
                         "the learner granted no steps in time: is it running? Call again with reward=None"
                     )
-                self._changed.wait(min(remaining, _POLL_SECONDS))
+                self._ask()
+                self._changed.wait(min(remaining, _LEASE_POLL_SECONDS))
         finally:
-            self._wanted -= steps
+            self._waiting_for -= steps
             self.counters.wait_seconds_total += time.monotonic() - began
+
+    def _goes_on_unpaced(self) -> bool:
+        return self.max_policy_lag > 0 and not self._servers_are_up() and not self._is_stopping()
