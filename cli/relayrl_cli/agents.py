@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from relayrl_cli.addresses import Addresses
 from relayrl_cli.environments import make_environment
@@ -13,8 +14,10 @@ from relayrl_client.builder import AgentBuilder
 START_SECONDS = 60.0
 
 
-def build_training_agent(plan: TrainingPlan, addresses: Addresses, directory: Path) -> Agent:
+def build_training_agent(plan: TrainingPlan, addresses: Addresses, directory: Path, **options: Any) -> Agent:
     """An agent that joins the plan's run, not started; its spool lies below `directory`/client.
+
+    `options` are further ones of `AgentBuilder`.
 
     Raises:
         ConfigError: the environment does not exist, or its spaces cannot be recorded.
@@ -36,7 +39,7 @@ def build_training_agent(plan: TrainingPlan, addresses: Addresses, directory: Pa
             spool_directory=directory / "client" / "spool",
             start_seconds=START_SECONDS,
         )
-        return builder.set(**_addresses(addresses)).build()
+        return builder.set(**_addresses(addresses), **options).build()
     finally:
         environment.close()
 

@@ -22,7 +22,7 @@ from typing import Any, Self
 import msgspec
 
 from relayrl_client.agent import Agent
-from relayrl_client.delivery import RoutedDelivery, open_delivery
+from relayrl_client.delivery import OnAcceptedIds, RoutedDelivery, open_delivery
 from relayrl_client.runtime import OpenDelivery, Plan, Standing
 from relayrl_client.settings import (
     ENVIRONMENT_PREFIX,
@@ -53,6 +53,7 @@ class AgentOptions:
     their masks; True: all that can be masked. aux: name → numpy dtype of own columns of a step.
     default_model: a policy artefact, or the directory of one. hyperparameters: of the run, by the algorithm's
     names; only what is set here is sent. policy: what the inference server is asked for without a run.
+    on_accepted: gets the ids of trajectories once they are safe on this machine's disk, from a thread.
     """
 
     actor_count: int | None = None
@@ -78,6 +79,7 @@ class AgentOptions:
     client_id: str | None = None
     max_traj_length: int | None = None
     spool_directory: Path | str | None = None
+    on_accepted: OnAcceptedIds | None = None
     trajectory_file_directory: Path | str | None = None
     agent_listener_address: Address | str | None = None
     trajectory_server_address: Address | str | None = None
@@ -123,7 +125,7 @@ class AgentBuilder:
         options = self._options
         settings = _settings(options)
         plan = _plan(options, settings)
-        return Agent(plan, _delivery_opener(settings.client_config, plan))
+        return Agent(plan, _delivery_opener(settings.client_config, plan, options.on_accepted))
 
 
 def _settings(options: AgentOptions) -> ClientSettings:
@@ -328,7 +330,7 @@ def _training_options(options: AgentOptions) -> str:
     return ", ".join(name for name in names if getattr(options, name) is not None)
 
 
-def _delivery_opener(section: ClientSection, plan: Plan) -> OpenDelivery:
+def _delivery_opener(section: ClientSection, plan: Plan, on_accepted: OnAcceptedIds | None) -> OpenDelivery:
     def open_for(standing: Standing) -> RoutedDelivery:
         address = plan.transport.zmq_addresses.training_addresses.trajectory_server_address
         return open_delivery(
@@ -342,6 +344,7 @@ def _delivery_opener(section: ClientSection, plan: Plan) -> OpenDelivery:
             file_directory=section.trajectory_file_output.directory,
             memory_trajectories_per_actor=section.limits.memory_trajectories_per_actor,
             routers=section.router_scale,
+            on_accepted=on_accepted,
         )
 
     return open_for

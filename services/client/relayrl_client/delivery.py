@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +27,8 @@ from relayrl_shared.errors import PeerTimeout, SpoolError
 from relayrl_shared.messages import Limits, SpoolReport
 from relayrl_shared.sockets import DEFAULT_MAX_MESSAGE_BYTES, Peer
 from relayrl_shared.trajectory import RecordSchema
+
+OnAcceptedIds = Callable[[Sequence[str]], None]
 
 _log = logging.getLogger(__name__)
 
@@ -134,6 +136,7 @@ def open_transport(
     limit_bytes: int,
     at_limit: AtLimit,
     limits: Limits | None = None,
+    on_accepted: OnAcceptedIds | None = None,
 ) -> TransportSink:
     """The spool, the sender to `address` and the sink in front of them; orphan spools are adopted.
 
@@ -145,11 +148,14 @@ def open_transport(
         limit_bytes: of the spool.
         at_limit: what happens there.
         limits: from the welcome.
+        on_accepted: gets the ids of trajectories once they are on disk, from the spool's thread.
 
     Raises:
         SpoolError: the spool cannot be opened.
     """
     spool = Spool(spool_directory, spool_id, limit_bytes=limit_bytes, at_limit=at_limit)
+    if on_accepted is not None:
+        spool.listen(lambda entries: on_accepted([entry.trajectory_id for entry in entries]))
     max_message_bytes = limits.max_message_bytes if limits else DEFAULT_MAX_MESSAGE_BYTES
     sender = TrajectorySender(
         Peer(address, max_message_bytes=max_message_bytes),
@@ -172,6 +178,7 @@ def open_delivery(
     file_directory: Path | str = "experiment_data",
     memory_trajectories_per_actor: int = 1000,
     routers: int = 1,
+    on_accepted: OnAcceptedIds | None = None,
 ) -> RoutedDelivery:
     """The delivery of a data mode, for a run.
 
@@ -187,6 +194,7 @@ def open_delivery(
         file_directory: of the file sink.
         memory_trajectories_per_actor: kept by the memory sink.
         routers: threads that encode.
+        on_accepted: see `open_transport`.
 
     Raises:
         SpoolError: a directory cannot be made or the spool cannot be opened.
@@ -203,6 +211,7 @@ def open_delivery(
             limit_bytes=spool_limit_bytes,
             at_limit=spool_at_limit,
             limits=limits,
+            on_accepted=on_accepted,
         )
     return RoutedDelivery(
         memory=MemorySink(memory_trajectories_per_actor) if "memory" in data_mode else None,

@@ -98,7 +98,7 @@ class Spool:
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._count = SpoolStatistics()
-        self._listener: OnAccepted | None = None
+        self._listeners: tuple[OnAccepted, ...] = ()
         self._unsynced: list[SpoolEntry] = []
         self._unsynced_bytes = 0
         self._memory_bytes = memory_bytes
@@ -356,13 +356,11 @@ class Spool:
         return True
 
     def _announce(self, entries: list[SpoolEntry]) -> None:
-        listener = self._listener
-        if listener is None:
-            return
-        try:
-            listener(entries)
-        except Exception:  # noqa: BLE001  # a listener's fault must not end the fsyncs
-            _log.exception("the listener of the spool %s failed", self.path)
+        for listener in self._listeners:
+            try:
+                listener(entries)
+            except Exception:  # noqa: BLE001  # a listener's fault must not end the fsyncs
+                _log.exception("a listener of the spool %s failed", self.path)
 
     def listen(self, on_accepted: OnAccepted) -> list[SpoolEntry]:
         """Calls back with every batch of entries that becomes accepted, from the fsync thread.
@@ -371,7 +369,7 @@ class Spool:
             The accepted entries that are here already, in order. An entry may come in both.
         """
         with self._lock:
-            self._listener = on_accepted
+            self._listeners += (on_accepted,)
             return [entry for entry in self._index if entry.accepted]
 
     def flush(self, timeout_seconds: float | None = None) -> bool:
