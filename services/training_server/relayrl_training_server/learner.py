@@ -56,11 +56,16 @@ _LINKS = 32  # trajectories that an update's span is linked to, at most
 
 @dataclass(frozen=True)
 class LearnerTimes:
-    """Durations, seconds. wait: the longest sleep between looks at the store; lease: its time to live."""
+    """Durations, seconds.
+
+    wait: the longest sleep between looks at the store. lease: its time to live. retry: between tries of what
+    is away. patience: readiness says whom a batch waits for once it has waited so long.
+    """
 
     wait_seconds: float = 0.1
     lease_seconds: float = LEASE_SECONDS
     retry_seconds: float = 0.25
+    patience_seconds: float = 5.0
 
 
 class Learner:
@@ -104,6 +109,7 @@ class Learner:
         self._publisher: Publisher | None = None
         self._progress: ProgressFile | None = None
         self._stage = "starting"
+        self._waiting_since: float | None = None
         self._trouble: dict[str, str] = {}
         self.failure = ""
         self.http_port = 0
@@ -161,11 +167,17 @@ class Learner:
         moment = Moment(self.learner_update, self._store.live_actors(run_id), time.monotonic())
         sampled = self.sampler.batch(moment)
         if sampled is None:
-            self._stage = f"waiting for {self.sampler.waiting_for}"
+            self._wait_for(moment)
             self._demand.ask(self.sampler, moment, arrived=bool(segments))
             return bool(segments)
         self._update(sampled)
         return True
+
+    def _wait_for(self, moment: Moment) -> None:
+        """Notes what the batch waits for, and since when; without actors there is nothing to wait for."""
+        self._stage = f"waiting for {self.sampler.waiting_for}"
+        if self._waiting_since is None or not moment.actors:
+            self._waiting_since = moment.now if moment.actors else None
 
     def _may_update(self) -> bool:
         """Whether the queue of publications has room: beyond the lag nobody could use a version."""
@@ -222,6 +234,7 @@ class Learner:
     def _update(self, sampled: Sampled) -> None:
         """Contracts G1: learn, checkpoint, publish, record."""
         self._stage = f"update {self.learner_update + 1}"
+        self._waiting_since = None
         started = time.monotonic()
         lag = 0
         learned: Metrics = {"batch_steps": 0.0}
@@ -309,11 +322,12 @@ class Learner:
     def readiness(self) -> Mapping[str, str | None]:
         """What the learner waits for, item by item; from any thread."""
         learning = self._stage if self._stage.startswith(("starting", "stopped")) else None
-        waiting = self._stage if self._stage.startswith("waiting") else None
+        since = self._waiting_since
+        late = since is not None and time.monotonic() - since >= self.times.patience_seconds
         return {
             "lease": self._lease.waiting_for,
             "learner": self.failure or learning,
-            "batch": waiting,
+            "batch": self._stage if late and self._stage.startswith("waiting") else None,
             "registry": self._trouble.get("registry"),
             "store": self._trouble.get("store"),
         }

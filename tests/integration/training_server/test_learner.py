@@ -20,7 +20,7 @@ from relayrl_training_server.learner import Learner, LearnerTimes
 from relayrl_training_server.testing.actors import RolloutActors, make_run
 from relayrl_training_server.testing.registry import MemoryRegistry
 
-FAST = LearnerTimes(wait_seconds=0.02, lease_seconds=2.0, retry_seconds=0.05)
+FAST = LearnerTimes(wait_seconds=0.02, lease_seconds=2.0, retry_seconds=0.05, patience_seconds=0.0)
 SMALL: dict[str, Any] = {
     "rollout_steps": 16,
     "minibatch": 32,

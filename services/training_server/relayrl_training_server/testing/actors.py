@@ -111,12 +111,17 @@ class RolloutActors:
         self._open = [_OpenSegment(self._id()) for _ in range(self.actors)]
         self._return = np.zeros(self.actors)
         self._sequence = 0
+        self._reward_factor = 1.0
         self._policy: LoadedPolicy | None = None
         self._batch: list[IncomingTrajectory] = []
 
     def load(self, artefact: PolicyArtefact) -> None:
         """Acts with this policy from now on."""
         self._policy = load_policy(artefact, previous=self._policy)
+
+    def scale_rewards(self, factor: float) -> None:
+        """Multiplies the rewards that are recorded from now on."""
+        self._reward_factor = factor
 
     def play(self) -> int:
         """Plays the next rollout and commits it; returns its index."""
@@ -242,7 +247,7 @@ class RolloutActors:
             action={"action": np.stack(action)},
             policy_action={"action": np.stack(policy_action).astype(np.float32)} if continuous else {},
             action_mask={},
-            reward=np.array(reward, dtype=np.float32),
+            reward=np.array(reward, dtype=np.float32) * np.float32(self._reward_factor),
             behaviour_log_prob=np.array(log_prob, dtype=np.float32),
             behaviour_log_prob_valid=np.ones(steps, dtype=np.bool_),
             leaf_log_prob={},
