@@ -111,7 +111,9 @@ class EnvironmentRunner:
         self._environment = agent.new_environment(self.actor_ids, self._stepper.reset_ticks)
         self._all: Selection = agent.select(self.actor_ids)
         self._seeds = _seeds(agent, seed, count)
-        self._actions = agent.schema.action.flatten_batch(_any_actions(self.env), count)
+        self._actions = {
+            leaf.name: np.zeros((count, *leaf.shape), leaf.numpy_dtype) for leaf in agent.schema.action.leaves
+        }
         self._rewards = np.zeros(count)
         self._returns = np.zeros(count)
         self._lengths = np.zeros(count, np.int64)
@@ -329,8 +331,3 @@ def _seeds(agent: Agent, seed: int | None, count: int) -> list[int]:
     standing = agent.runtime.standing
     entropy = [standing.seed, standing.client_index] if seed is None else [seed]
     return [int(word) for word in np.random.SeedSequence(entropy).generate_state(count)]
-
-
-def _any_actions(env: VectorEnv[Any, Any, Any]) -> Any:
-    """Actions to pass on a reset tick before any was chosen; the environments ignore them."""
-    return env.action_space.sample()

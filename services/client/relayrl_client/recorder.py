@@ -33,11 +33,12 @@ from relayrl_client.actors import (
     ActorTable,
     Selection,
 )
+from relayrl_client.call_rules import check_begin, check_end
 from relayrl_client.closing import Closing, RecordIdentity, close_segments, release
 from relayrl_client.inputs import Rewards
 from relayrl_client.segments import ClosedSegment
 from relayrl_client.storage import StepStorage, StepTags
-from relayrl_shared.errors import EpisodeError, InvalidReward, RelayRLError
+from relayrl_shared.errors import EpisodeError, RelayRLError
 from relayrl_shared.identifiers import uuid7
 from relayrl_shared.trajectory import FinalObservation
 
@@ -117,6 +118,7 @@ class Recorder:
             rewards: of their previous steps.
 
         Raises:
+            UnknownActor: one of them was removed.
             EpisodeError: another call is at work on one of them.
             InvalidReward: a reward is missing, or given where there is no step for it.
         """
@@ -127,7 +129,9 @@ class Recorder:
             if in_stride and selection.recorded:
                 in_stride = rewards is not None and rewards.given is None
             if not in_stride:
-                self._check_begin(selection, phases, rewards)
+                for row in selection.rows[phases == 0].tolist():
+                    self.table.detail(row)  # raises for one that was removed since it was selected
+                check_begin(selection, phases, columns.progress[index, STEP_INDEX], rewards)
                 return self._turn(selection, phases.copy(), leaves, rewards)
             progress = columns.progress[index]
             if selection.recorded and rewards is not None:
@@ -144,32 +148,6 @@ class Recorder:
             return environments.tick.item(one) >= environments.turn_at.item(one)
         many = selection.environments
         return bool((environments.tick[many] >= environments.turn_at[many]).any())
-
-    def _check_begin(self, selection: Selection, phases: NDArray[np.uint8], rewards: Rewards | None) -> None:
-        """Refuse the call before anything is written (contracts A2, A8)."""
-        given = _given(rewards, len(selection))
-        values = np.zeros(1) if rewards is None else np.asarray(rewards.values)
-        values = np.broadcast_to(values, (len(selection),))
-        for position, actor_id in enumerate(selection.ids):
-            phase, has = int(phases[position]), bool(given[position])
-            if phase & BUSY:
-                raise EpisodeError(f"actor {actor_id}: another call is at work on it; one call at a time")
-            if not selection.recorded:
-                continue
-            step = int(self.table.columns.progress[selection.rows[position], STEP_INDEX])
-            if phase & STEP and not has:
-                raise InvalidReward(
-                    f"actor {actor_id}: no reward for its step {step - 1}: pass what it received since then"
-                )
-            if phase & PENDING and has and (step > 0 or values[position] != 0):
-                raise InvalidReward(
-                    f"actor {actor_id}: its last call failed after the reward was written: pass reward=None"
-                )
-            if not phase & EPISODE and has and values[position] != 0:
-                raise InvalidReward(
-                    f"actor {actor_id}: reward {values[position]:g} on the first call of an episode: it has "
-                    "no step for it; pass None or 0, and the last reward to end_episode"
-                )
 
     def _turn(
         self, selection: Selection, phases: NDArray[np.uint8], leaves: Arrays, rewards: Rewards | None
@@ -372,7 +350,7 @@ class Recorder:
         """
         with self.lock:
             phases = self.table.columns.phase[selection.index].copy()
-            self._check_end(selection, phases, rewards)
+            check_end(selection, phases, rewards)
             if selection.recorded:
                 self._write_rewards(selection.rows, phases, rewards)
             closing = [
@@ -385,23 +363,6 @@ class Recorder:
             closed = self._close(closing)
             self._leave_episodes(selection.rows.tolist())
             return closed
-
-    def _check_end(self, selection: Selection, phases: NDArray[np.uint8], rewards: Rewards | None) -> None:
-        given = _given(rewards, len(selection))
-        for position, actor_id in enumerate(selection.ids):
-            phase, has = int(phases[position]), bool(given[position])
-            if phase & BUSY:
-                raise EpisodeError(f"actor {actor_id}: another call is at work on it; one call at a time")
-            if not phase & EPISODE:
-                raise EpisodeError(f"actor {actor_id} is not in an episode: request_action begins one")
-            if phase & STEP and not has:
-                raise InvalidReward(
-                    f"actor {actor_id}: no reward for its last step: pass the reward received since then"
-                )
-            if phase & PENDING and has:
-                raise InvalidReward(
-                    f"actor {actor_id}: its last call failed after the reward was written: pass reward=None"
-                )
 
     def _ending(
         self, row: int, steps: int, terminated: bool, truncated: bool, final: Arrays | None, position: int
@@ -492,10 +453,3 @@ class Recorder:
         environments, index = self.table.environments, detail.environment.index
         reached = int(environments.first_rollout[index]) + int(environments.tick[index]) // steps
         return reached < rollout or (self._open_steps(row, detail) > 0 and detail.rollout_index < rollout)
-
-
-def _given(rewards: Rewards | None, rows: int) -> NDArray[np.bool_]:
-    """Which actors have a reward; bool [B]."""
-    if rewards is None:
-        return np.zeros(rows, np.bool_)
-    return np.ones(rows, np.bool_) if rewards.given is None else rewards.given

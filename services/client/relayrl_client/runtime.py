@@ -16,6 +16,7 @@ from typing import Protocol
 from relayrl_client.actors import ActorDetails, ActorTable
 from relayrl_client.closing import RecordIdentity
 from relayrl_client.coordinator import Coordinator
+from relayrl_client.idle import IdleWatch
 from relayrl_client.inference import Inference, LocalInference, ServerInference
 from relayrl_client.pacing import Admission, FreePacing, LeasePacing, RolloutPacing
 from relayrl_client.policy_slot import PolicySlot
@@ -228,6 +229,8 @@ def open_runtime(
             session.start(_links(runtime))
             closing.callback(session.stop)
         _follow_policy(runtime, deadline, closing)
+        if plan.limits.actor_idle_seconds is not None:
+            closing.callback(IdleWatch(runtime.coordinator, plan.limits.actor_idle_seconds).close)
         runtime.closing = closing.pop_all()
         return runtime
 
