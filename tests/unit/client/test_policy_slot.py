@@ -36,13 +36,14 @@ def test_no_call_sees_two_versions_while_threads_act() -> None:
     agent, delivery = offline_agent(ENVIRONMENT, actor_count=3, max_segment_steps=50)
     versions = [version(number) for number in range(1, 6)]
     seen = np.linspace(-1, 1, 4, dtype=np.float32)
-    stop = threading.Event()
+    stop, acted = threading.Event(), threading.Event()
 
     def act(actor: str) -> None:
         step = 0
-        while not stop.is_set():
+        while not stop.is_set() or step == 0:
             agent.request_action(actor, seen, reward=0.0 if step else None, greedy=True)
             step += 1
+            acted.set()
         agent.end_episode(actor, 0.0, terminated=True)
 
     with agent:
@@ -51,6 +52,8 @@ def test_no_call_sees_two_versions_while_threads_act() -> None:
             thread.start()
         for artefact in [*versions, *reversed(versions)]:
             agent.update_model(artefact)
+            acted.clear()
+            assert acted.wait(5.0)
         stop.set()
         for thread in threads:
             thread.join()
