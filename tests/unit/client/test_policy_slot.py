@@ -34,8 +34,10 @@ def version(number: int) -> PolicyArtefact:
 def test_no_call_sees_two_versions_while_threads_act() -> None:
     """While threads act and versions swap, the outputs of each row are those of the version it names."""
     agent, delivery = offline_agent(ENVIRONMENT, actor_count=3, max_segment_steps=50)
-    versions = [version(number) for number in range(1, 6)]
+    versions = [version(number) for number in range(2, 7)]
     seen = np.linspace(-1, 1, 4, dtype=np.float32)
+    first = agent.plan.default_model
+    assert first is not None
     stop, acted = threading.Event(), threading.Event()
 
     def act(actor: str) -> None:
@@ -62,7 +64,7 @@ def test_no_call_sees_two_versions_while_threads_act() -> None:
         artefact.manifest.policy_version: load_policy(artefact).run(
             {"observation": seen[None], "noise": np.zeros((1, 2), np.float32)}
         )["value"][0]
-        for artefact in versions
+        for artefact in [first, *versions]
     }
     recorded = 0
     for segment in delivery.segments:
