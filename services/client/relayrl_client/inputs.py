@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +32,7 @@ _FEW_NUMBERS = 64
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
-@dataclass(frozen=True, slots=True)
-class Rewards:
+class Rewards(NamedTuple):
     """Rewards of B actors: one number for all or float32 [B].
 
     given: None, or bool [B]: False where None was passed for that actor, whose value is then 0.
@@ -57,7 +55,8 @@ class ObservationReader:
         self._allow_nan = allow_nan
         self._names = {leaf.name for leaf in schema.observation.leaves}
         first = schema.observation.leaves[0]
-        self._single = first if len(self._names) == 1 and not first.path else None
+        self._single = first.name if len(self._names) == 1 and not first.path else None
+        self._shape, self._dtype = first.shape, first.numpy_dtype
         float_leaves = [leaf for leaf in schema.observation.leaves if leaf.numpy_dtype.kind == "f"]
         self._float_leaves = [] if allow_nan else [leaf.name for leaf in float_leaves]
         self._ranged = any(leaf.kind != "box" for leaf in schema.observation.leaves)
@@ -70,17 +69,21 @@ class ObservationReader:
             InvalidObservation: NaN or infinity where not allowed, or a value outside of a discrete range.
         """
         leaves = self._flatten(value, len(selection))
-        if self._ranged or not all(self._is_finite(leaves[name]) for name in self._float_leaves):
+        if self._ranged:
             self._check(leaves, selection)
+            return leaves
+        for name in self._float_leaves:
+            if not self._is_finite(leaves[name]):
+                self._check(leaves, selection)
         return leaves
 
     def _flatten(self, value: Any, rows: int) -> Arrays:
-        leaf = self._single
-        if leaf is not None and type(value) is np.ndarray and value.dtype == leaf.numpy_dtype:
-            if value.shape == (rows, *leaf.shape):
-                return {leaf.name: value}
-            if rows == 1 and value.shape == leaf.shape:
-                return {leaf.name: value[None]}
+        name = self._single
+        if name is not None and type(value) is np.ndarray and value.dtype == self._dtype:
+            if value.shape == (rows, *self._shape):
+                return {name: value}
+            if rows == 1 and value.shape == self._shape:
+                return {name: value[None]}
         if isinstance(value, Mapping) and value.keys() == self._names:
             stacked = {name: np.asarray(array) for name, array in value.items()}
             check_observation(self._spec, stacked, rows, allow_nan=True)

@@ -123,6 +123,10 @@ class Recorder:
             InvalidReward: a reward is missing, or given where there is no step for it.
         """
         with self.lock:
+            if selection.row is not None and rewards is not None:
+                begun = self._begin_one(selection, selection.row, rewards)
+                if begun is not None:
+                    return begun
             columns, index = self.table.columns, selection.index
             phases = columns.phase[index]
             in_stride = phases.tobytes() == selection.acting and not self._is_turn(selection)
@@ -138,6 +142,20 @@ class Recorder:
                 self.storage.set_rewards(progress[:, SLOT], rewards.values)
             columns.phase[index] = ACTING_BUSY
             return Begun(progress[:, STEP_INDEX], columns.episode_index[index])
+
+    def _begin_one(self, selection: Selection, row: int, rewards: Rewards) -> Begun | None:
+        """The short way of one recorded actor in the middle of a segment; None: it has to take the other.
+
+        Arrays of one would cost it more than the inference of a small policy.
+        """
+        columns, environments, one = self.table.columns, self.table.environments, selection.environment
+        if columns.phase_of[row] != ACTING or rewards.given is not None or one is None:
+            return None
+        if selection.paced and environments.tick_of[one] >= environments.turn_at_of[one]:
+            return None
+        self.storage.set_reward(columns.progress_of[3 * row + SLOT], rewards.values)
+        columns.phase_of[row] = ACTING_BUSY
+        return Begun(*columns.counters_of(row))
 
     def _is_turn(self, selection: Selection) -> bool:
         """Whether an environment of these actors begins a rollout with this call."""
@@ -277,6 +295,9 @@ class Recorder:
             values: an array [B, …] for each of `layout.values`; ignored for actors that are not recorded.
         """
         with self.lock:
+            if selection.row is not None and selection.recorded and not begun.turned:
+                self._finish_one(selection, selection.row, tags, values)
+                return
             columns, index = self.table.columns, selection.index
             progress = columns.progress[index]
             progress += EACH_STEP  # of the columns themselves where the index is a slice, else of a copy
@@ -287,6 +308,21 @@ class Recorder:
             else:
                 columns.phase[index] = EPISODE
             self._tick(selection, begun)
+
+    def _finish_one(self, selection: Selection, row: int, tags: StepTags, values: Arrays) -> None:
+        """The short way of one actor, as in `_begin_one`."""
+        columns, environments = self.table.columns, self.table.environments
+        progress, at = columns.progress_of, 3 * row
+        environment = selection.environment or 0
+        tick = environments.tick_of[environment]
+        slot, room = progress[at + SLOT] + 1, progress[at + ROOM] - 1
+        progress[at + SLOT] = slot
+        progress[at + STEP_INDEX] += 1
+        progress[at + ROOM] = room
+        self.storage.write_row(slot, tick, tags, values)
+        columns.phase_of[row] = ACTING if room else ACTING | TURN
+        environments.tick_of[environment] = tick + 1
+        self.counters.steps_total += 1
 
     def _write_steps(
         self, selection: Selection, progress: NDArray[np.int64], tags: StepTags, values: Arrays

@@ -195,7 +195,7 @@ class StepStorage:
             values: the rest.
         """
         if len(slots) == 1:
-            self._write_row(slots.item(), ticks if isinstance(ticks, int) else ticks.item(), tags, values)
+            self.write_row(slots.item(), ticks if isinstance(ticks, int) else ticks.item(), tags, values)
             return
         scratch = self._scratch.get(len(slots))
         if scratch is None:
@@ -211,8 +211,8 @@ class StepStorage:
             fields[name][...] = values[name]
         self._plain_rows[slots] = scratch.plain_rows
 
-    def _write_row(self, slot: int, tick: int, tags: StepTags, values: Values) -> None:
-        """One row as one copy: basic indexing of every field would cost four times as much."""
+    def write_row(self, slot: int, tick: int, tags: StepTags, values: Values) -> None:
+        """One row as one copy: indexing every field would cost four times as much."""
         parts = [self._header(tags.policy_version, tags.learner_update, tick)]
         parts += [values[name].tobytes() for name in self.layout.values]
         parts.append(bytes((tags.flags,)))
@@ -222,10 +222,11 @@ class StepStorage:
 
     def set_rewards(self, slots: NDArray[np.int64], rewards: float | NDArray[np.float32]) -> None:
         """Write the rewards of steps that were written before: one for all, or float32 [B]."""
-        if len(slots) == 1:
-            self._reward[slots.item()] = rewards if isinstance(rewards, float | int) else rewards[0]
-        else:
-            self._reward[slots] = rewards
+        self._reward[slots] = rewards
+
+    def set_reward(self, slot: int, reward: float | NDArray[np.float32]) -> None:
+        """Write the reward of one step: a number or float32 [1]."""
+        self._reward[slot] = reward if isinstance(reward, float | int) else reward[0]
 
     def final_observation(self, slot: int) -> FinalObservation:
         """What the actor saw at a recorded step, for a segment that ends before it (contracts A5)."""

@@ -21,6 +21,7 @@ def selection(actors: int = 1, *, paced: bool = True) -> Selection:
         ids=tuple(map(str, range(actors))),
         rows=rows,
         index=rows,
+        row=0 if actors == 1 else None,
         environments=rows,
         environment_of=rows,
         environment=None,
