@@ -344,6 +344,7 @@ def _delivery_opener(section: ClientSection, plan: Plan, on_accepted: OnAccepted
             file_directory=section.trajectory_file_output.directory,
             memory_trajectories_per_actor=section.limits.memory_trajectories_per_actor,
             routers=section.router_scale,
+            router_segments=section.router_buffer_size_per_actor * max(section.actor_count, 1),
             on_accepted=on_accepted,
         )
 

@@ -7,7 +7,9 @@ The recorder's lock is held around array work only. B = actors of the call.
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -90,6 +92,8 @@ class Coordinator:
         self._masks = MaskReader(schema)
         first = schema.action.leaves[0]
         self._single_action = first.name if len(schema.action.leaves) == 1 and not first.path else None
+        self._refused: deque[ClosedSegment] = deque()
+        self._refused_lock = threading.Lock()
         self._blanks: dict[int, Arrays] = {}
         self._versions: dict[tuple[int, int], NDArray[np.int64]] = {}
 
@@ -109,6 +113,8 @@ class Coordinator:
     ) -> ActionResult:
         """See `Agent.request_action`."""
         self.counters.requests_total += 1
+        if self._refused:
+            self._submit_refused()
         deadline = time.monotonic() + (self._timeout_seconds if timeout_seconds is None else timeout_seconds)
         single = isinstance(actor_ids, str)
         selection = self._table.select(actor_ids)
@@ -192,6 +198,8 @@ class Coordinator:
         final_action_mask: Any = None,
     ) -> None:
         """See `Agent.end_episode`."""
+        if self._refused:
+            self._submit_refused()
         selection = self._table.select(actor_ids)
         ends = _flags(terminated, selection, "terminated"), _flags(truncated, selection, "truncated")
         _check_ends(selection, *ends, has_final=final_observation is not None)
@@ -205,11 +213,31 @@ class Coordinator:
 
     def drop_open(self, actor_ids: Sequence[str]) -> None:
         """Close the open segments of actors without their last reward (contracts A5)."""
+        if self._refused:
+            self._submit_refused()
         self._submit(self.recorder.drop_open(actor_ids))
 
     def _submit(self, closed: Sequence[ClosedSegment]) -> None:
-        for segment in closed:
-            self._sink.submit(segment)
+        """Hand segments to delivery; what it refuses is kept, and goes first at the next call."""
+        for position, segment in enumerate(closed):
+            try:
+                self._sink.submit(segment)
+            except BaseException:
+                with self._refused_lock:
+                    self._refused.extend(closed[position:])
+                raise
+
+    def _submit_refused(self) -> None:
+        """Try again what delivery refused: until it is taken no call records more, so this stays bounded."""
+        with self._refused_lock:
+            while self._refused:
+                self._sink.submit(self._refused[0])
+                self._refused.popleft()
+
+    @property
+    def refused_segments(self) -> int:
+        """Closed segments that delivery has refused so far and that wait for the next call."""
+        return len(self._refused)
 
 
 def _check_environment(selection: Selection, environment: EnvironmentHandle) -> None:

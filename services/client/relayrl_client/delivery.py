@@ -178,6 +178,7 @@ def open_delivery(
     file_directory: Path | str = "experiment_data",
     memory_trajectories_per_actor: int = 1000,
     routers: int = 1,
+    router_segments: int = DEFAULT_MAX_SEGMENTS,
     on_accepted: OnAcceptedIds | None = None,
 ) -> RoutedDelivery:
     """The delivery of a data mode, for a run.
@@ -194,6 +195,7 @@ def open_delivery(
         file_directory: of the file sink.
         memory_trajectories_per_actor: kept by the memory sink.
         routers: threads that encode.
+        router_segments: that wait in all routers together, at most.
         on_accepted: see `open_transport`.
 
     Raises:
@@ -218,5 +220,6 @@ def open_delivery(
         files=FileSink(schema, file_directory) if "files" in data_mode else None,
         transport=transport,
         routers=routers,
+        max_segments=max(1, router_segments // routers),
         at_limit="refuse" if spool_at_limit == "refuse" else "block",
     )

@@ -127,8 +127,9 @@ class ObservationReader:
 class MaskReader:
     """Reads action masks: True = allowed; None allows everything.
 
-    A mask is an array [B, sum nvec] ([B, n, 2] for multi_binary), or a mapping by action leaf or by mask leaf
-    where several leaves are masked. bool, or 0 and 1 of an integer dtype as Gymnasium gives them.
+    A mask is an array [B, sum nvec] ([B, n, 2] for multi_binary; for multi_discrete also a tuple of parts
+    [B, n]), or a mapping by action leaf or by mask leaf where several leaves are masked. Its dtype is bool,
+    or an integer one with 0 and 1 as Gymnasium gives them.
     """
 
     def __init__(self, schema: RecordSchema) -> None:
@@ -185,6 +186,8 @@ class MaskReader:
 
     def _as_mask(self, leaf: LeafSpec, value: Any, rows: int) -> NDArray[np.bool_]:
         shape = self._shapes[leaf.name]
+        if isinstance(value, tuple) and leaf.kind == "multi_discrete":
+            value = np.concatenate(value, axis=-1)  # Gymnasium's masks of MultiDiscrete: one part a choice
         array = np.asarray(value)
         if array.shape == shape:
             array = np.repeat(array[None], rows, axis=0)

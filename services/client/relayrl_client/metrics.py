@@ -71,6 +71,8 @@ def _recording(runtime: Runtime) -> Iterator[Metric]:
     yield _counter(
         "dropped_steps", "Steps dropped since no reward came for them", counters.dropped_steps_total
     )
+    refused = runtime.coordinator.refused_segments
+    yield _gauge("refused_segments", "Closed segments that delivery refused and that wait", refused)
     yield _gauge("open_segment_bytes", "Memory of open segments", storage.pages_used * storage.page_bytes)
     yield _counter(
         "storage_refusals", "Calls refused at the byte limit of open segments", storage.refused_total

@@ -560,6 +560,29 @@ def test_full_storage_is_a_typed_error_that_can_be_waited_out() -> None:
     assert len(delivery.segments) == 1
 
 
+def test_a_refused_segment_is_kept_and_goes_first_at_the_next_call(pair: Pair) -> None:
+    """Delivery that refuses loses nothing: until it takes the segment, calls fail and record nothing."""
+    agent, delivery = pair
+    actor = agent.get_actor_ids()[0]
+    take = delivery.submit
+
+    def refuse(segment: Any) -> None:
+        raise Overloaded("the spool is full")
+
+    agent.request_action(actor, seen(1)[0])
+    delivery.submit = refuse  # type: ignore[method-assign]
+    with pytest.raises(Overloaded):
+        agent.end_episode(actor, 7.0, terminated=True)
+    with pytest.raises(Overloaded):
+        agent.request_action(actor, seen(2)[0])
+    assert agent.runtime.coordinator.refused_segments == 1
+    delivery.submit = take  # type: ignore[method-assign]
+    agent.request_action(actor, seen(3)[0])
+    agent.end_episode(actor, 8.0, terminated=True)
+    assert [segment.columns.reward.tolist() for segment in delivery.segments] == [[7], [8]]
+    assert delivery.segments[1].columns.observation["observation"][:, 0].tolist() == [3]
+
+
 # -- actors ------------------------------------------------------------------------------------------------
 
 

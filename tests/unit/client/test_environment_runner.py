@@ -9,12 +9,12 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from relayrl_client.environment_runner import EnvironmentRunner, EpisodeSummary, evaluate
 from relayrl_client.segments import ClosedSegment
 from relayrl_client.testing import CountingEnvironment, counting_vector, offline_agent, total_steps
-from relayrl_shared.errors import ConfigError, InvalidActionMask
+from relayrl_shared.errors import ConfigError, InvalidActionMask, PacingTimeout
 
 MODES = list(AutoresetMode)
 
@@ -289,6 +289,87 @@ def test_masks_come_from_the_observation_where_it_has_them() -> None:
     with agent:
         EnvironmentRunner(agent, env).run(steps=10)
     assert delivery.segments[0].columns.action_mask["action"].tolist() == [[False, True, False]] * 9
+
+
+class Layered(gymnasium.Env[dict[str, Any], Any]):
+    """A nested observation and a tuple of actions, whose mask comes as a tuple of parts."""
+
+    observation_space = gymnasium.spaces.Dict(
+        {
+            "count": gymnasium.spaces.Box(0, 99, (2,), np.float32),
+            "inner": gymnasium.spaces.Tuple((gymnasium.spaces.Discrete(50), gymnasium.spaces.MultiBinary(2))),
+        }
+    )
+    action_space = gymnasium.spaces.MultiDiscrete([2, 3])
+
+    def __init__(self) -> None:
+        self.steps = self.episodes = 0
+
+    def show(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What is seen now: action (1, steps % 3) alone is allowed."""
+        mask = np.zeros(3, np.int8)
+        mask[self.steps % 3] = 1
+        seen = {
+            "count": np.array([self.episodes, self.steps], np.float32),
+            "inner": (np.int64(self.steps), np.array([1, 0], np.int8)),
+        }
+        return seen, {"action_mask": (np.array([0, 1], np.int8), mask)}
+
+    def reset(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The next episode."""
+        self.steps, self.episodes = 0, self.episodes + 1
+        return self.show()
+
+    def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """One step; an episode has as many as its number."""
+        assert action.tolist() == [1, self.steps % 3]
+        self.steps += 1
+        seen, info = self.show()
+        return seen, float(self.steps), False, self.steps >= self.episodes, info
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+def test_nested_spaces_run_in_every_mode(mode: AutoresetMode) -> None:
+    """Structured observations, their final ones and structured masks keep their rows."""
+    env = SyncVectorEnv([Layered, Layered], autoreset_mode=mode)
+    agent, delivery = offline_agent(env, actor_count=2, masked=True)
+    with agent:
+        EnvironmentRunner(agent, env).run(steps=40)
+    for segment in delivery.segments:
+        steps = segment.columns.observation["observation.count"][:, 1]
+        np.testing.assert_array_equal(steps, segment.columns.observation["observation.inner.0"])
+        np.testing.assert_array_equal(segment.columns.reward, steps + 1)
+        np.testing.assert_array_equal(segment.columns.action["action"][:, 1], steps % 3)
+        assert segment.final_observation is not None
+        final = segment.final_observation.observation
+        assert final["observation.count"][1] == steps[-1] + 1 == final["observation.inner.0"]
+        assert final["observation.inner.1"].tolist() == [1, 0]
+        assert segment.final_observation.action_mask["action"][2:].argmax() == (steps[-1] + 1) % 3
+
+
+def test_after_a_pacing_timeout_the_runner_goes_on() -> None:
+    """A call that failed in between is taken up by the next run without its rewards, and nothing is lost."""
+    env = counting_vector(2, AutoresetMode.SAME_STEP)
+    agent, delivery = offline_agent(env, actor_count=2, masked=True)
+    with agent:
+        runner = EnvironmentRunner(agent, env)
+        runner.run(steps=6)
+        admission = agent.runtime.coordinator.admission
+        admission.every_call = True
+
+        def deny(*_: Any) -> None:
+            raise PacingTimeout("not yet")
+
+        admission.admit = deny  # type: ignore[method-assign,assignment]
+        for _ in range(2):
+            with pytest.raises(PacingTimeout):
+                runner.run(steps=6)
+        del admission.admit
+        runner.run(steps=30)
+    for segment in delivery.segments:
+        check_rows(segment)
+        check_end(segment)
+    assert runner.statistics.steps == 36
 
 
 def test_a_stop_event_ends_the_run() -> None:
