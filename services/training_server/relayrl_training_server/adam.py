@@ -35,10 +35,6 @@ class FlatAdam:
         self.square = torch.zeros_like(self.vector)
         self._lay_over()
 
-    def gradient(self, loss: Tensor) -> Tensor:
-        """The gradient of a scalar by the parameters, float32 [size]."""
-        return _flatten(torch.autograd.grad(loss, self.parameters))
-
     def step(self, gradient: Tensor, learning_rate: float) -> None:
         """One step against a gradient float32 [size]."""
         self.steps += 1
@@ -66,6 +62,20 @@ class FlatAdam:
             part = self.vector[start : start + parameter.numel()]
             parameter.data = part.view_as(parameter)
             start += parameter.numel()
+
+
+def gradients_of(losses: Sequence[tuple[FlatAdam, Tensor]]) -> list[Tensor]:
+    """The gradient of each scalar by the parameters beside it, float32 [size] each, in one backward pass.
+
+    No loss may depend on another's parameters: it would be added to theirs.
+    """
+    parameters = [parameter for adam, _ in losses for parameter in adam.parameters]
+    parts = torch.autograd.grad([loss for _, loss in losses], parameters)
+    flat, start = [], 0
+    for adam, _ in losses:
+        flat.append(_flatten(parts[start : start + len(adam.parameters)]))
+        start += len(adam.parameters)
+    return flat
 
 
 def _flatten(tensors: Sequence[Tensor]) -> Tensor:

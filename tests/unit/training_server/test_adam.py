@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from relayrl_training_server.adam import FlatAdam
+from relayrl_training_server.adam import FlatAdam, gradients_of
 from relayrl_training_server.testing.reference import SlowAdam
 
 
@@ -23,13 +23,18 @@ def loss_of(net: nn.Module, seed: int) -> torch.Tensor:
     return given.square().mean() + given.sum() * 0.1
 
 
+def gradient(adam: FlatAdam, loss: torch.Tensor) -> torch.Tensor:
+    """The gradient of one loss."""
+    return gradients_of([(adam, loss)])[0]
+
+
 def test_it_steps_like_the_papers_algorithm() -> None:
     """Twenty steps with changing gradients and a rate of 0.01 end in the weights of algorithm 1."""
     ours, theirs = network(), network()
     flat = FlatAdam(list(ours.parameters()), eps=1e-5)
     reference = SlowAdam([(list(theirs.parameters()), 1e-2)], eps=1e-5)
     for step in range(20):
-        flat.step(flat.gradient(loss_of(ours, step)), 1e-2)
+        flat.step(gradient(flat, loss_of(ours, step)), 1e-2)
         reference.step(torch.autograd.grad(loss_of(theirs, step), list(theirs.parameters())))
 
     for mine, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -53,11 +58,11 @@ def test_a_restored_state_continues_to_the_bit() -> None:
     first, second = network(), network()
     one, other = (FlatAdam(list(net.parameters()), eps=1e-8) for net in (first, second))
     for step in range(3):
-        one.step(one.gradient(loss_of(first, step)), 1e-2)
+        one.step(gradient(one, loss_of(first, step)), 1e-2)
     second.load_state_dict(first.state_dict())
     other.restore(one.state())
     for adam, net in ((one, first), (other, second)):
-        adam.step(adam.gradient(loss_of(net, 9)), 1e-2)
+        adam.step(gradient(adam, loss_of(net, 9)), 1e-2)
 
     assert torch.equal(one.vector, other.vector)
 
@@ -66,10 +71,10 @@ def test_a_state_is_a_copy() -> None:
     """Later steps do not reach into a state that was taken before."""
     net = network()
     adam = FlatAdam(list(net.parameters()), eps=1e-8)
-    adam.step(adam.gradient(loss_of(net, 0)), 1e-2)
+    adam.step(gradient(adam, loss_of(net, 0)), 1e-2)
     state = adam.state()
     before = state["mean"].clone()
-    adam.step(adam.gradient(loss_of(net, 1)), 1e-2)
+    adam.step(gradient(adam, loss_of(net, 1)), 1e-2)
 
     assert torch.equal(state["mean"], before)
     assert int(state["steps"]) == 1
@@ -91,3 +96,14 @@ def test_the_first_step_is_the_rate(rate: float) -> None:
     adam.step(torch.tensor([0.3, -7.0]), rate)
 
     torch.testing.assert_close(parameter.detach(), torch.tensor([1.0 - rate, -2.0 + rate]))
+
+
+def test_one_backward_pass_gives_the_gradients_of_two_losses() -> None:
+    """Each network's gradient is that of its own loss, as if the other were not there."""
+    nets = [network(0), network(1)]
+    adams = [FlatAdam(list(net.parameters()), eps=1e-8) for net in nets]
+    together = gradients_of([(adams[i], loss_of(nets[i], i) * (i + 1.0)) for i in (0, 1)])
+    apart = [gradient(adams[i], loss_of(nets[i], i) * (i + 1.0)) for i in (0, 1)]
+
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from relayrl_shared.errors import RelayRLError
-from relayrl_training_server.adam import FlatAdam
+from relayrl_training_server.adam import FlatAdam, gradients_of
 from relayrl_training_server.algorithms.configs import AlgorithmConfig, Schedule
 from relayrl_training_server.batches import Batch, Leaves
 from relayrl_training_server.normalise import RunningStatistics, forward_returns
@@ -205,15 +205,19 @@ class Algorithm(ABC, Generic[C]):
             NonFiniteUpdate: the gradient is not finite; no step was taken.
         """
         taking = [
-            (self.policy_adam, policy_loss, self.config.pi_lr),
-            (self.value_adam, value_loss, self.config.vf_lr),
+            (adam, loss, rate)
+            for adam, loss, rate in (
+                (self.policy_adam, policy_loss, self.config.pi_lr),
+                (self.value_adam, value_loss, self.config.vf_lr),
+            )
+            if loss is not None
         ]
-        gradients = [(adam, adam.gradient(loss), rate) for adam, loss, rate in taking if loss is not None]
-        norm = math.hypot(*(float(torch.linalg.vector_norm(gradient)) for _, gradient, _ in gradients))
+        gradients = gradients_of([(adam, loss) for adam, loss, _ in taking])
+        norm = math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient in gradients))
         if not math.isfinite(norm):
             raise NonFiniteUpdate(f"update {self.updates + 1}: the norm of the gradient is {norm}")
         limit = self.config.max_grad_norm
-        for adam, gradient, rate in gradients:
+        for (adam, _, rate), gradient in zip(taking, gradients, strict=True):
             if limit is not None and norm > limit:
                 gradient.mul_(limit / (norm + 1e-6))
             adam.step(gradient, self.scheduled(rate, self.config.lr_schedule))
