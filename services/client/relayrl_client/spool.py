@@ -49,7 +49,7 @@ class SpoolStatistics:
     """Appended and made durable by this process."""
     acknowledged_total: int = 0
     dropped_total: int = 0
-    """Dropped by `drop_oldest`, or damaged on disk; their ids are in the log."""
+    """Dropped by `drop_oldest`, damaged on disk, or rejected in a run that lives; their ids are logged."""
     rejected_total: int = 0
     recovered_total: int = 0
     """Unacknowledged entries that were there when it was opened."""
@@ -420,8 +420,10 @@ class Spool:
             self._release(entry)
             return True
 
-    def reject(self, entry: SpoolEntry, reason: str) -> None:
+    def reject(self, entry: SpoolEntry, reason: str, *, run_is_gone: bool = False) -> None:
         """Moves an entry that nobody will ever take to `rejected/`, with the reason.
+
+        In a run that lives it counts as dropped, so that the audit of the run explains it (contracts C2).
 
         Raises:
             SpoolError: it could not be written there; it stays in the spool.
@@ -439,14 +441,24 @@ class Spool:
                 raise self._write_error(exc) from exc
             if self._index.remove(*entry.key) is not None:
                 self._count.rejected_total += 1
+                if not run_is_gone:
+                    self._drop_for_good(entry, reason)
                 self._release(entry)
         _log.error("trajectory %s cannot be delivered (%s): moved to rejected/", entry.trajectory_id, reason)
+
+    def _drop_for_good(self, entry: SpoolEntry, why: str) -> None:
+        """Counts a drop and writes that down before the entry's file may forget it."""
+        self._count_drop(*entry.key, entry.trajectory_id, why)
+        try:
+            self._save_state()
+        except OSError as exc:
+            _log.error("the drop is not written down yet, the spool %s says: %s", self.path, exc)
 
     def give_up(self, entry: SpoolEntry, why: str) -> None:
         """Drops an entry that the disk does not give back; counted and logged."""
         with self._lock:
             if self._index.remove(*entry.key) is not None:
-                self._count_drop(*entry.key, entry.trajectory_id, why)
+                self._drop_for_good(entry, why)
                 self._release(entry)
 
     def _release(self, entry: SpoolEntry) -> None:

@@ -264,7 +264,7 @@ class TrajectorySender:
         elif nack.retryable:
             self._retry(parcel, text, nack.retry_after_seconds)
         elif nack.reason in RUN_IS_GONE:
-            self._reject(parcel, text)
+            self._reject(parcel, text, run_is_gone=True)
         else:
             _log.warning("trajectory %s is in quarantine: %s", parcel.entry.trajectory_id, text)
             self._count.quarantined_total += 1
@@ -284,9 +284,9 @@ class TrajectorySender:
         self._count.last_error = why
         self._window.retry(parcel, time.monotonic(), retry_after_seconds)
 
-    def _reject(self, parcel: Parcel, why: str) -> None:
+    def _reject(self, parcel: Parcel, why: str, *, run_is_gone: bool = False) -> None:
         try:
-            parcel.spool.reject(parcel.entry, why)
+            parcel.spool.reject(parcel.entry, why, run_is_gone=run_is_gone)
         except SpoolError as error:
             self._retry(parcel, f"{why}; {error}")
             return

@@ -233,6 +233,23 @@ def test_rejected_entries_are_kept_aside_with_the_reason(open_spool: Callable[..
     assert bytes(decoded[1]) == BODY
 
 
+@pytest.mark.parametrize("run_is_gone", [True, False])
+def test_a_rejected_entry_of_a_living_run_is_dropped_in_the_report(
+    run_is_gone: bool, open_spool: Callable[..., Spool]
+) -> None:
+    """Also by the next process; where the run is gone there is nobody to tell."""
+    spool = open_spool()
+    first, _ = fill(spool, 2)
+
+    spool.reject(first, "message_too_large", run_is_gone=run_is_gone)
+    told = spool.report("run").dropped
+    spool.close()
+    told_later = open_spool().report("run").dropped
+
+    expected = () if run_is_gone else ((1, 1),)
+    assert (told, told_later) == (expected, expected)
+
+
 def test_schemas_survive(open_spool: Callable[..., Spool]) -> None:
     """An orphan's adopter can send the schema, too."""
     spool = open_spool()

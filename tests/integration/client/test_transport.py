@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from relayrl_client.delivery import RoutedDelivery, open_delivery
@@ -14,9 +16,10 @@ from relayrl_client.segments import ClosedSegment
 from relayrl_client.spool import Spool
 from relayrl_client.transport import TrajectorySender, TransportSink
 from relayrl_shared.arrow_codec import body_digest, decode_columns, encode_schema, schema_digest
-from relayrl_shared.errors import InvalidTrajectory, Overloaded, StoreUnavailable
+from relayrl_shared.errors import InvalidTrajectory, MessageTooLarge, Overloaded, StoreUnavailable
 from relayrl_shared.messages import Ack, AnyMessage, Limits, Nack, Ok, PutSchema, PutTrajectory
 from relayrl_shared.sockets import Incoming, Peer, RouterServer
+from relayrl_shared.store.open import open_store
 from relayrl_shared.testing.tcp_proxy import TcpProxy
 from relayrl_shared.testing.trajectories import make_trajectory, small_schema
 from relayrl_shared.trajectory import TrajectoryMetadata
@@ -320,6 +323,36 @@ def test_what_no_server_takes_moves_to_rejected(
     assert sink.drain(30)
     assert sink.sender.statistics().rejected_total == 1
     assert (sink.spool.path / "rejected" / f"{written}.json").exists()
+
+
+@pytest.mark.parametrize("fault", ["error", "too large", "schema missing"])
+def test_the_audit_explains_what_was_rejected_in_a_living_run(
+    fault: str,
+    tmp_path: Path,
+    serve: Callable[..., TrajectoryServer],
+    connect: Callable[..., TransportSink],
+) -> None:
+    """What no server takes counts as dropped: nothing is missing for ever (contracts C2)."""
+
+    def decide(metadata: TrajectoryMetadata, tries: int) -> AnyMessage | Exception | None:
+        if fault == "schema missing":
+            return nack(metadata, "unknown_schema", 0.0)
+        return InvalidTrajectory("never") if fault == "error" else MessageTooLarge("never")
+
+    sink = connect(serve(decide).address)
+    written = segment(0)
+    if fault == "schema missing":
+        numbered = msgspec.structs.replace(written.metadata, schema_digest="nobody has it")
+        sink.spool.append(numbered, b"body")
+    else:
+        sink.write(written)
+    assert sink.drain(30)
+
+    with closing(open_store(f"sqlite:///{tmp_path / 'server'}", writer_of="ingest")) as server:
+        server.touch_client("run", "client", [sink.spool.report("run")])
+        audit = server.audit("run")
+
+    assert (audit.accepted, audit.dropped, audit.missing) == (1, 1, 0)
 
 
 def test_server_that_is_away_gets_everything_when_it_comes(
