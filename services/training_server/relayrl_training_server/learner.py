@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from prometheus_client import CollectorRegistry
 
 from relayrl_shared import logs, telemetry
 from relayrl_shared.errors import (
-    ConfigError,
     LeaseLost,
     RelayRLError,
     StaleFencingToken,
@@ -33,9 +32,8 @@ from relayrl_shared.errors import (
 from relayrl_shared.identifiers import new_id
 from relayrl_shared.policy.artefact import digest
 from relayrl_shared.store.interface import Run, TrajectoryStore
-from relayrl_training_server.algorithms.base import Algorithm, AlgorithmState, Metrics
-from relayrl_training_server.algorithms.build import build_algorithm, use_deterministic_torch
-from relayrl_training_server.algorithms.configs import needs
+from relayrl_training_server.algorithms.base import AlgorithmState, Metrics
+from relayrl_training_server.algorithms.build import build_for_run, use_deterministic_torch
 from relayrl_training_server.batches import build_batch
 from relayrl_training_server.checkpoints import Checkpoint, CheckpointDirectory
 from relayrl_training_server.demand import Demand
@@ -68,6 +66,13 @@ class LearnerTimes:
     patience_seconds: float = 5.0
 
 
+@dataclass(frozen=True)
+class _Unsaved:
+    """An update that no durable checkpoint contains yet. `describe` tells people of it, once it is out."""
+
+    describe: Callable[[], None] = lambda: None
+
+
 class Learner:
     """One run's learner state and its loop.
 
@@ -94,7 +99,7 @@ class Learner:
         self.directory = directory
         self.times = times or LearnerTimes()
         self.metrics = LearnerMetrics(metrics or CollectorRegistry())
-        self.algorithm = _build(run)
+        self.algorithm = build_for_run(run)
         self.sampler = Sampler(selection_for(run))
         self.ledger = EpisodeLedger()
         self._store = store
@@ -111,6 +116,7 @@ class Learner:
         self._stage = "starting"
         self._waiting_since: float | None = None
         self._trouble: dict[str, str] = {}
+        self._unsaved: _Unsaved | None = None
         self.failure = ""
         self.http_port = 0
 
@@ -148,21 +154,25 @@ class Learner:
         while not stop.is_set():
             self._lease.check()
             try:
-                progressed = self._turn()
+                if not self._turn(stop):
+                    position = self.sampler.read_position
+                    self._store.wait(self.run_record.run_id, position, self.times.wait_seconds)
             except (StoreUnavailable, StorageFull) as error:
                 self._note_trouble("store", str(error))
                 stop.wait(self.times.retry_seconds)
-                continue
-            self._trouble.pop("store", None)
-            if not progressed:
-                self._store.wait(self.run_record.run_id, self.sampler.read_position, self.times.wait_seconds)
+            else:
+                self._trouble.pop("store", None)
 
-    def _turn(self) -> bool:
+    def _turn(self, stop: threading.Event) -> bool:
         """Reads what is new and does at most one update; False if there was nothing to do."""
+        if self._unsaved is not None:
+            self._finish(self._unsaved)
+            return True
+        if not self._may_update():  # nor read: what could not be learned from soon would fill the memory
+            stop.wait(self.times.retry_seconds)
+            return True
         segments = self._reader.read_after(self.sampler.read_position)
         self.sampler.add(segments, time.monotonic())
-        if not self._may_update():
-            return bool(segments)
         run_id = self.run_record.run_id
         moment = Moment(self.learner_update, self._store.live_actors(run_id), time.monotonic())
         sampled = self.sampler.batch(moment)
@@ -204,9 +214,10 @@ class Learner:
             self._resume(*found)
         self._progress = ProgressFile(self.directory / "progress.csv", self.learner_update)
         if found is None or not found[1]:
-            self._queue_publication(self._sampled_nothing(), {})
-            self._checkpoint()
-        self._publish()
+            self._queue_publication(Sampled((), self._publisher.uses_of(self.learner_update)), {})
+            self._unsaved = _Unsaved()
+        else:
+            self._publish()
         LOG.info("learning", run=self.run_record.name, learner_update=self.learner_update, token=token)
 
     def _graph_of(self, checkpoint: Checkpoint | None) -> bytes:
@@ -248,9 +259,15 @@ class Learner:
         self.ledger.absorb(sampled.decided)
         self.metrics.update_seconds.observe(time.monotonic() - started)
         self._queue_publication(sampled, learned)
+        self._unsaved = _Unsaved(lambda: self._describe(sampled, learned, lag, time.monotonic() - started))
+        self._finish(self._unsaved)
+
+    def _finish(self, unsaved: _Unsaved) -> None:
+        """Checkpoint, then publication; nothing goes out while the checkpoint cannot be written (G1)."""
         self._checkpoint()
+        self._unsaved = None
         self._publish()
-        self._describe(sampled, learned, lag, time.monotonic() - started)
+        unsaved.describe()
 
     def _queue_publication(self, sampled: Sampled, learned: Metrics) -> None:
         assert self._publisher is not None
@@ -298,11 +315,12 @@ class Learner:
         self.metrics.publish_seconds.observe(time.monotonic() - started)
         self.metrics.learner_update.set(self.learner_update)
         self.metrics.policy_version.set(self._publisher.policy_version or 0)
-        self.write_status("active")
+        self._tell(lambda: self.write_status("active"))
 
     def _describe(self, sampled: Sampled, learned: Metrics, lag: int, seconds: float) -> None:
         """Tells people: metrics, progress.csv, status.json."""
-        assert self._progress is not None
+        progress = self._progress
+        assert progress is not None
         outcomes: dict[str, int] = {}
         for use in sampled.uses:
             outcomes[use.outcome] = outcomes.get(use.outcome, 0) + 1
@@ -311,11 +329,17 @@ class Learner:
         self.metrics.policy_lag.set(lag)
         self.metrics.mean_return.set(episodes["mean_return"] or 0.0)
         row = {"learner_update": self.learner_update, "steps_learned": self.algorithm.steps_learned}
-        self._progress.append({**row, **episodes, "policy_lag": lag, "update_seconds": seconds, **learned})
+        whole = {**row, **episodes, "policy_lag": lag, "update_seconds": seconds, **learned}
+        self._tell(lambda: progress.append(whole))
 
-    @staticmethod
-    def _sampled_nothing() -> Sampled:
-        return Sampled((), ())
+    def _tell(self, write: Callable[[], None]) -> None:
+        """Writes what only people read; without space for it the learner goes on."""
+        try:
+            write()
+        except OSError as error:
+            self._note_trouble("files", str(error))
+        else:
+            self._trouble.pop("files", None)
 
     # ---- what others see ----------------------------------------------------------------------------------
 
@@ -330,6 +354,7 @@ class Learner:
             "batch": self._stage if late and self._stage.startswith("waiting") else None,
             "registry": self._trouble.get("registry"),
             "store": self._trouble.get("store"),
+            "files": self._trouble.get("files"),
         }
 
     def info(self) -> dict[str, Any]:
@@ -388,23 +413,3 @@ def is_passing(error: Exception) -> bool:
     if isinstance(error, RelayRLError):
         return error.retryable or isinstance(error, LeaseLost | StaleFencingToken)
     return isinstance(error, OSError | MemoryError)
-
-
-def _build(run: Run) -> Algorithm[Any]:
-    """The run's algorithm, fresh.
-
-    Raises:
-        ConfigError: hyperparameters that cannot be, or data that cannot feed the algorithm (contracts B2).
-    """
-    if needs(run.algorithm, run.hyperparameters).rollout_steps is None and run.max_policy_lag < 0:
-        raise ConfigError(f"max_policy_lag: {run.max_policy_lag} is below 0")
-    return build_algorithm(
-        run.algorithm,
-        run.hyperparameters,
-        run.observation_spec,
-        run.action_spec,
-        masked_leaves=run.masked_leaves,
-        allow_nan=run.allow_nan,
-        seed=run.seed,
-        max_policy_lag=run.max_policy_lag,
-    )

@@ -9,6 +9,7 @@ import torch
 import torch.utils.deterministic
 
 from relayrl_shared.spaces import ActionSpec, ObservationSpec
+from relayrl_shared.store.interface import Run
 from relayrl_training_server.algorithms.base import Algorithm
 from relayrl_training_server.algorithms.configs import (
     AlgorithmConfig,
@@ -52,6 +53,24 @@ def build_algorithm(
         return PPO(config, module, seed, max_policy_lag)
     assert isinstance(config, REINFORCEConfig)
     return REINFORCE(config, module, seed, max_policy_lag)
+
+
+def build_for_run(run: Run) -> Algorithm[Any]:
+    """A run's algorithm, fresh.
+
+    Raises:
+        ConfigError: as `build_algorithm`.
+    """
+    return build_algorithm(
+        run.algorithm,
+        run.hyperparameters,
+        run.observation_spec,
+        run.action_spec,
+        masked_leaves=run.masked_leaves,
+        allow_nan=run.allow_nan,
+        seed=run.seed,
+        max_policy_lag=run.max_policy_lag,
+    )
 
 
 def use_deterministic_torch() -> None:
