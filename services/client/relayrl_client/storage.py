@@ -287,12 +287,24 @@ class StepStorage:
 
 
 def _slice(columns: Columns, begin: int, end: int) -> Columns:
-    """Steps begin … end - 1 as views."""
-    part: dict[str, Any] = {}
-    for name in Columns.__slots__:
-        column = getattr(columns, name)
-        if isinstance(column, dict):
-            part[name] = {leaf: array[begin:end] for leaf, array in column.items()}
-        else:
-            part[name] = column[begin:end]
-    return Columns(**part)
+    """Steps begin … end - 1 as views. Written out, since a rollout of many actors ends here all at once."""
+    part = slice(begin, end)
+    return Columns(
+        observation={name: array[part] for name, array in columns.observation.items()},
+        action={name: array[part] for name, array in columns.action.items()},
+        policy_action={name: array[part] for name, array in columns.policy_action.items()},
+        action_mask={name: array[part] for name, array in columns.action_mask.items()},
+        reward=columns.reward[part],
+        behaviour_log_prob=columns.behaviour_log_prob[part],
+        behaviour_log_prob_valid=columns.behaviour_log_prob_valid[part],
+        leaf_log_prob={name: array[part] for name, array in columns.leaf_log_prob.items()},
+        value=columns.value[part],
+        value_valid=columns.value_valid[part],
+        policy_version=columns.policy_version[part],
+        policy_version_valid=columns.policy_version_valid[part],
+        learner_update=columns.learner_update[part],
+        greedy=columns.greedy[part],
+        fallback=columns.fallback[part],
+        environment_step=columns.environment_step[part],
+        aux={name: array[part] for name, array in columns.aux.items()},
+    )
