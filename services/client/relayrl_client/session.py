@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from relayrl_shared.errors import Overloaded, PeerTimeout, RelayRLError, RunMismatch, TransportError
+from relayrl_shared.errors import PeerTimeout, RelayRLError, RunMismatch
 from relayrl_shared.messages import (
     ActorChange,
     ActorInfo,
@@ -40,7 +40,7 @@ class SessionLinks:
 
     actors: those that the learner waits for. spools: the reports of every spool of this run. policy_versions:
     in use, by policy. lease: steps wanted, and steps used since it was last asked. on_lease: takes a grant
-    (steps, seconds until it expires).
+    (steps, seconds until all that is held expires); 0 steps renew.
     """
 
     actors: Callable[[], Sequence[ActorInfo]]
@@ -97,6 +97,7 @@ class Session:
         Raises:
             PeerTimeout: it did not answer in time.
             RunMismatch, SpecMismatch, ConfigError: the run is not as this client says.
+            RelayRLError: another refusal that no later try changes.
         """
         deadline = time.monotonic() + timeout_seconds
         while True:
@@ -108,7 +109,7 @@ class Session:
                 )
             try:
                 return self._hello(actors, (), remaining)
-            except (TransportError, Overloaded) as exc:
+            except RelayRLError as exc:
                 if not exc.retryable or self._stopping.wait(min(_RETRY_SECONDS, max(remaining, 0))):
                     raise
 
@@ -253,7 +254,7 @@ class Session:
         if not reply.known:
             _log.info("the training server does not know this client any more; saying hello again")
             self._hello(links.actors(), links.spools(), _REQUEST_SECONDS)
-        if reply.lease_steps:
+        if reply.lease_steps or reply.lease_expires_in_seconds > 0:  # a grant of 0 renews what is held
             links.on_lease(reply.lease_steps, reply.lease_expires_in_seconds)
 
     def _send_changes(self) -> None:

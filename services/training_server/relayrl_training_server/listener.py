@@ -125,23 +125,24 @@ class AgentListener:
         self._check_client(heartbeat.client_id, (), heartbeat.spools)
         run = self._run(heartbeat.run_id)
         known = self._store.touch_client(run.run_id, heartbeat.client_id, heartbeat.spools)
-        lease_steps = self._grant(run, heartbeat) if known else 0
+        lease_steps, expires = self._grant(run, heartbeat) if known else (0, 0.0)
         return messages.HeartbeatReply(
             known=known,
             learner_update=self._store.learner_update(run.run_id),
             run_state=run.state,
             lease_steps=lease_steps,
-            lease_expires_in_seconds=self._config.ingest.lease_seconds if lease_steps else 0.0,
+            lease_expires_in_seconds=expires,
         )
 
-    def _grant(self, run: Run, heartbeat: messages.Heartbeat) -> int:
+    def _grant(self, run: Run, heartbeat: messages.Heartbeat) -> tuple[int, float]:
+        """Steps granted now, and seconds until all that the client holds expires; 0 where it holds none."""
         wanted, used = heartbeat.lease_steps_wanted, heartbeat.lease_steps_used
         if not (0 <= wanted <= _MAX_STEPS and 0 <= used <= _MAX_STEPS):
             raise ContractError(f"lease_steps_wanted {wanted} and lease_steps_used {used} are out of range")
-        if not wanted and not used:
-            return 0
+        if not wanted and not used and not _takes_leases(run):
+            return 0, 0.0
         ttl = self._config.ingest.lease_seconds
-        return self._store.grant_steps(run.run_id, heartbeat.client_id, wanted, used, ttl)
+        return self._store.grant_steps(run.run_id, heartbeat.client_id, wanted, used, ttl), ttl
 
     def _actor_change(self, change: messages.ActorChange) -> messages.Ok:
         self._check_client(change.client_id, change.added, ())
@@ -165,6 +166,11 @@ class AgentListener:
         if run is None:
             raise UnknownRun(f"there is no run with the id {run_id[:100]!r}; say hello again")
         return run
+
+
+def _takes_leases(run: Run) -> bool:
+    """Whether the run's clients act on granted steps (contracts E2), which heartbeats renew."""
+    return run.pacing == "block" and needs(run.algorithm, run.hyperparameters).rollout_steps is None
 
 
 def _check_actor(actor: ActorInfo) -> None:

@@ -80,7 +80,10 @@ class TinyServer:
     requests: list[dict[str, Any]] = field(default_factory=list)
     refusal: RelayRLError | None = None
     knows_client: bool = True
+    hello_failures: list[RelayRLError] = field(default_factory=list)
+    """Answers to the next hellos, one each."""
     lease_steps: int = 0
+    lease_seconds: float = 10.0
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def __post_init__(self) -> None:
@@ -141,6 +144,9 @@ class TinyServer:
 
     def _hello(self, hello: Hello) -> AnyMessage:
         self.hellos.append(hello)
+        if self.hello_failures:
+            failure = self.hello_failures.pop()
+            return ErrorReply(code=failure.code, message=str(failure), retryable=failure.retryable)
         if self.refusal is not None:
             return ErrorReply(code=self.refusal.code, message=str(self.refusal))
         self.knows_client = True
@@ -172,7 +178,7 @@ class TinyServer:
             learner_update=self.versions[-1].manifest.learner_update if self.versions else 0,
             run_state="active",
             lease_steps=steps,
-            lease_expires_in_seconds=10.0,
+            lease_expires_in_seconds=self.lease_seconds,
         )
 
     def _registry(self, message: AnyMessage) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from relayrl_client.agent import Agent
-from relayrl_shared.errors import EpisodeError, PacingTimeout, PeerTimeout, RunMismatch
+from relayrl_shared.errors import EpisodeError, PacingTimeout, PeerTimeout, RunMismatch, StoreUnavailable
 
 TinyServer = Any  # of conftest, which cannot be imported
 OpenAgent = Callable[..., Agent]
@@ -49,6 +49,14 @@ def test_a_refused_hello_fails_the_start_by_name(server: TinyServer, online_agen
     with pytest.raises(RunMismatch, match="observation_spec differs"):
         agent.start()
     assert not agent.is_running
+
+
+def test_a_store_that_is_away_for_a_moment_is_waited_for(server: TinyServer, online_agent: OpenAgent) -> None:
+    """A retryable answer to hello is asked again; it is no matter of the application."""
+    server.hello_failures.append(StoreUnavailable("the database restarts"))
+    with online_agent() as agent:
+        assert agent.is_running
+    assert len(server.hellos) == 2
 
 
 def test_an_absent_server_fails_the_start_with_the_address(
@@ -249,6 +257,18 @@ def test_whole_episode_batches_under_block_take_leases(server: TinyServer, onlin
         with pytest.raises(PacingTimeout, match="granted no steps"):
             act(agent, ids, 1, timeout_seconds=0.3)
         server.wait(lambda: sum(h.lease_steps_used for h in server.heartbeats) == 6)
+
+
+def test_heartbeats_renew_the_steps_that_are_held(server: TinyServer, online_agent: OpenAgent) -> None:
+    """A reply without new steps moves the expiry of those granted before (contracts E2)."""
+    server.welcome["rollout_steps"] = None
+    server.lease_steps, server.lease_seconds = 6, 2.0
+    with online_agent() as agent:
+        ids = agent.get_actor_ids()
+        act(agent, ids, 1)
+        granted_at = time.monotonic()
+        server.wait(lambda: time.monotonic() > granted_at + 2.2)
+        act(agent, ids, 2, timeout_seconds=1.0)
 
 
 def test_inference_through_the_server_samples_with_the_clients_noise(

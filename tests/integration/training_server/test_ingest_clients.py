@@ -193,6 +193,26 @@ def test_steps_are_granted_out_of_the_learners_demand(tmp_path: Any, start_inges
     assert (before, granted("a", 100), granted("b", 100), granted("b", 100)) == (0, 100, 50, 0)
 
 
+def test_every_heartbeat_renews_what_a_client_holds_and_says_for_how_long(
+    tmp_path: Any, start_ingest: Any
+) -> None:
+    """Without a new grant, too, where the run paces by leases; elsewhere there is nothing to renew."""
+    store = open_store(f"sqlite:///{tmp_path / 'store'}", writer_of="all")
+    served = start_ingest(store=store, training_server_config__ingest__lease_seconds="7")
+    client = served.client()
+    paced = client.hello(pacing="block", hyperparameters={"rollout_steps": None, "traj_per_epoch": 8}).run_id
+    free = client.hello(name="free", pacing="free").run_id
+    store.set_demand(paced, 0, 10)
+
+    replies = [
+        client.ask(messages.Heartbeat(client_id="client", run_id=run_id, lease_steps_wanted=wanted))
+        for run_id, wanted in ((paced, 10), (paced, 10), (paced, 0), (free, 0))
+    ]
+
+    grants = [(reply.lease_steps, reply.lease_expires_in_seconds) for reply in replies]
+    assert grants == [(10, 7.0), (0, 7.0), (0, 7.0), (0, 0.0)]
+
+
 def test_unknown_clients_are_told_to_say_hello_and_unknown_runs_are_errors(client: Any) -> None:
     """`known` false is the way to learn that one was forgotten."""
     reply = client.ask(messages.Heartbeat(client_id="stranger", run_id=client.run_id))
