@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import queue
 import threading
 import time
@@ -34,6 +35,8 @@ _MONITORED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 _MAX_POLL_SECONDS = 1.0
 _REPLY_GRACE_SECONDS = 5.0
 _DRAIN_LIMIT = 256
+
+_log = logging.getLogger(__name__)
 
 
 class OnReply(Protocol):
@@ -358,6 +361,7 @@ class Peer:
             request.on_reply(message, payload, error)
         except Exception:  # noqa: BLE001  # a callback's fault must not end the I/O of all the others
             self._counts["callback_errors"] += 1
+            _log.exception("what takes the answers of %s failed", self.address)
         return True
 
     def _finish(self) -> None:

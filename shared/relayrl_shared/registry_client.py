@@ -252,6 +252,9 @@ class PolicyWatcher:
         self.errors_total = 0
         self.refused_total = 0
         self.last_error: str | None = None
+        """Why the last question to the registry failed; None once it answers again."""
+        self.last_refusal: str | None = None
+        """Why the newest version was refused; None once another is accepted."""
         self.last_contact_at: float | None = None
         """Monotonic seconds of the last answer of the registry."""
         self._listener = (
@@ -281,11 +284,13 @@ class PolicyWatcher:
             version = self._client.latest_version(self._policy, self._alias)
             self.last_contact_at = time.monotonic()
             if version == self._seen_version:
+                self.last_error = None
                 return
             artefact = self._client.fetch(self._policy, policy_version=version)
         except RelayRLError as error:
             self._note(error)
             return
+        self.last_error = None
         if not self._closing:
             self._seen_version = version
             self._hand_over(artefact)
@@ -295,10 +300,10 @@ class PolicyWatcher:
             self._on_artefact(artefact)
         except Exception as error:  # noqa: BLE001  # whatever a bad version does, the old one serves on
             self.refused_total += 1
-            self.last_error = str(error)
+            self.last_refusal = str(error)
             _log.exception("%s version %s was refused", self._policy, artefact.manifest.policy_version)
         else:
-            self.last_error = None
+            self.last_refusal = None
 
     def _note(self, error: RelayRLError) -> None:
         self.errors_total += 1

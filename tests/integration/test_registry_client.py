@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,7 +12,17 @@ import msgspec
 import pytest
 
 from relayrl_shared import messages
-from relayrl_shared.errors import DigestMismatch, FrameError, PeerRejected, PeerTimeout, UnknownPolicy
+from relayrl_shared.errors import (
+    DigestMismatch,
+    FrameError,
+    PeerRejected,
+    PeerTimeout,
+    RegistryError,
+    RelayRLError,
+    StaleFencingToken,
+    StorageFull,
+    UnknownPolicy,
+)
 from relayrl_shared.messages import Announcement, AnyMessage
 from relayrl_shared.policy.manifest import PolicyArtefact
 from relayrl_shared.registry_client import CHUNK_BYTES, PolicyWatcher, RegistryClient
@@ -156,6 +167,67 @@ def test_only_missing_files_are_uploaded(registry: ScriptedRegistry, client: Reg
         if isinstance(m, messages.PutBlob) and m.digest == artefact.manifest.weights_digest
     ]
     assert offsets == [0, CHUNK_BYTES, 2 * CHUNK_BYTES]
+
+
+def test_an_upload_that_the_registry_has_forgotten_begins_again(
+    registry: ScriptedRegistry, client: RegistryClient
+) -> None:
+    """A registry killed in the middle of a file answers with a gap; the publication starts over (G1)."""
+    gaps = iter([True])
+
+    def forget(message: AnyMessage) -> Answer | None:
+        if isinstance(message, messages.PutBlob) and message.offset and next(gaps, False):
+            return messages.ErrorReply(code="contract", message="leaves a gap after 0: begin again at 0"), []
+        return None
+
+    registry.instead = forget
+
+    assert client.publish(opaque_artefact(weights_bytes=2 * CHUNK_BYTES), fencing_token=1) == 7
+    assert sum(isinstance(message, messages.OpenIntent) for message in registry.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "intents"),
+    [
+        ("internal", RelayRLError, 3),
+        ("registry", RegistryError, 3),
+        ("stale_fencing_token", StaleFencingToken, 1),
+        ("digest_mismatch", DigestMismatch, 1),
+        ("storage_full", StorageFull, 1),
+    ],
+)
+def test_a_publication_is_tried_again_where_that_may_help(
+    registry: ScriptedRegistry, client: RegistryClient, code: str, error: type[RelayRLError], intents: int
+) -> None:
+    """A few times from the intent on, unless the refusal is for good or asks for time."""
+
+    def refuse(message: AnyMessage) -> Answer | None:
+        if isinstance(message, messages.Publish):
+            return messages.ErrorReply(code=code, message="no"), []
+        return None
+
+    registry.instead = refuse
+    with pytest.raises(error):
+        client.publish(opaque_artefact(), fencing_token=1)
+
+    assert sum(isinstance(message, messages.OpenIntent) for message in registry.asked) == intents
+
+
+def test_an_upload_that_arrives_damaged_is_not_a_clash_of_keys(
+    registry: ScriptedRegistry, client: RegistryClient
+) -> None:
+    """DigestMismatch is for the key alone, since a learner fails its run for it."""
+
+    def refuse(message: AnyMessage) -> Answer | None:
+        if isinstance(message, messages.PutBlob):
+            return messages.ErrorReply(code="digest_mismatch", message="torn"), []
+        return None
+
+    registry.instead = refuse
+    with pytest.raises(RegistryError, match="damaged") as raised:
+        client.publish(opaque_artefact(), fencing_token=1)
+
+    assert not isinstance(raised.value, DigestMismatch)
 
 
 def test_an_artefact_that_contradicts_itself_is_not_published(client: RegistryClient) -> None:
@@ -312,9 +384,34 @@ def test_a_version_that_is_refused_is_not_offered_again(
         asked = len(registry.asked)
         while len(registry.asked) < asked + 3:
             threading.Event().wait(0.005)
-        refused = (watcher.refused_total, watcher.last_error, offered.empty())
+        refused = (watcher.refused_total, watcher.last_refusal, watcher.last_error, offered.empty())
         registry.add(opaque_artefact(seed=2))
         second = offered.get(timeout=5)
+        watcher.close()
 
     assert (first, second) == (1, 2)
-    assert refused == (1, "cannot be loaded", True)
+    assert refused == (1, "cannot be loaded", None, True)
+    assert watcher.last_refusal is None
+
+
+def test_an_answer_with_the_version_in_use_ends_an_error(
+    registry: ScriptedRegistry, client: RegistryClient
+) -> None:
+    """One poll that fails is forgotten at the next answer, though no new version comes."""
+    seen: queue.Queue[int | None] = queue.Queue()
+    registry.add(opaque_artefact())
+    with watching(client, lambda a: seen.put(a.manifest.policy_version), poll_seconds=0.02) as (watcher, _):
+        assert seen.get(timeout=5) == 1
+        refusal = messages.ErrorReply(code="internal", message="not now"), list[bytes]()
+        registry.instead = lambda _message: refusal
+        while watcher.last_error is None:
+            threading.Event().wait(0.005)
+        registry.instead = lambda _message: None
+        deadline = time.monotonic() + 5
+        while watcher.last_error is not None and time.monotonic() < deadline:
+            threading.Event().wait(0.005)
+        watcher.close()
+
+    assert watcher.last_error is None
+    assert watcher.errors_total > 0
+    assert seen.empty()

@@ -260,8 +260,8 @@ def test_the_queue_of_a_peer_is_bounded(free_port: Callable[[], int]) -> None:
     assert len(calls) == 3
 
 
-def test_a_callback_that_raises_is_counted_and_the_peer_goes_on() -> None:
-    """A fault in one on_reply does not reach the requests of others."""
+def test_a_callback_that_raises_is_counted_and_the_peer_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    """A fault in one on_reply does not reach the requests of others, and is in the log."""
 
     def fault(*_answer: object) -> None:
         raise ValueError
@@ -271,6 +271,7 @@ def test_a_callback_that_raises_is_counted_and_the_peer_goes_on() -> None:
         peer.request(HEARTBEAT, timeout_seconds=5)
 
         assert peer.statistics().callback_errors_total == 1
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ValueError]
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ class PolicyPool:
         for policy in policies:
             slot = self._slots.get(Selector(policy))
             loaded = slot is not None and slot.served is not None
-            error = slot.watcher.last_error if slot is not None and slot.watcher is not None else None
+            error = _problem(slot.watcher) if slot is not None else None
             waits[f"policy {policy}"] = None if loaded else (error or "not loaded yet")
         return waits
 
@@ -281,8 +281,13 @@ def _slot_status(selector: Selector, slot: _Slot) -> SlotStatus:
         swaps_total=slot.swaps_total,
         refused_total=0 if watcher is None else watcher.refused_total,
         registry_errors_total=0 if watcher is None else watcher.errors_total,
-        last_error=None if watcher is None else watcher.last_error,
+        last_error=_problem(watcher),
     )
+
+
+def _problem(watcher: PolicyWatcher | None) -> str | None:
+    """Why the newest version does not act: the registry is not there, or the version was refused."""
+    return None if watcher is None else watcher.last_error or watcher.last_refusal
 
 
 def _pinned_status(selector: Selector, served: ServedPolicy) -> SlotStatus:
