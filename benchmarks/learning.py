@@ -48,7 +48,8 @@ RESULTS = Path("relayrl-data") / "learning"
 EPISODES = 100
 QUICK_STEPS = 4096
 QUICK_EPISODES = 10
-SETTLED_SECONDS = 1.0
+SETTLED_SECONDS = 2.0
+EVALUATION_TRIES = 4
 SETTLE_LIMIT_SECONDS = 60.0
 
 
@@ -202,7 +203,6 @@ def run_cell(task: Task, seed: int, quick: bool, stop: threading.Event) -> Cell 
         RelayRLError: the stack did not start, or training failed.
         UnsoundFigureError: something was lost, or the policy that was tested is not the final one.
     """
-    episodes = QUICK_EPISODES if quick else EPISODES
     preset = presets.load(task.preset)
     steps = task.budget_steps - preset.actors + 1  # the last tick is finished, and the budget holds
     plan = plan_from_preset(preset, task.preset, steps=steps, seed=seed)
@@ -217,12 +217,25 @@ def run_cell(task: Task, seed: int, quick: bool, stop: threading.Event) -> Cell 
             outcome = train(plan, services, stop, progress_view())
             if outcome.interrupted or stop.is_set():
                 return None
-            final_version = settled_version(plan.run, services)
-            result = evaluate_policy(
-                build_evaluation_agent(plan, services.addresses), plan.environment, episodes
-            )
-        updates = _check(plan, services, outcome, result, final_version)
-    return _cell(task, seed, quick, outcome, result, updates, startup_seconds)
+            result = evaluate_final(plan, services, QUICK_EPISODES if quick else EPISODES)
+        ledger = read_ledger(services.store, plan.run)
+        check_ledger(ledger, recorded_steps=outcome.steps, actors=plan.actors)
+    return _cell(task, seed, quick, outcome, result, ledger.learner_update, startup_seconds)
+
+
+def evaluate_final(plan: TrainingPlan, services: StackPlan, episodes: int) -> Evaluation:
+    """Tests the policy that the learner ends with, through the inference server.
+
+    Raises:
+        UnsoundFigureError: new versions came while it was tested, again and again.
+    """
+    for _ in range(EVALUATION_TRIES):
+        final = settled_version(plan.run, services)
+        result = evaluate_policy(build_evaluation_agent(plan, services.addresses), plan.environment, episodes)
+        if result.policy_version == final:
+            return result
+        say(f"version {result.policy_version} was tested, version {final} seemed final: once more")
+    raise UnsoundFigureError("the learner publishes on and on after the last step")
 
 
 def settled_version(run: str, services: StackPlan) -> int:
@@ -239,19 +252,6 @@ def settled_version(run: str, services: StackPlan) -> int:
         return registry.latest_version(run)
     finally:
         registry.close()
-
-
-def _check(
-    plan: TrainingPlan, services: StackPlan, outcome: Outcome, result: Evaluation, final_version: int
-) -> int:
-    """Finished updates, if nothing was lost and the final policy was tested."""
-    if result.policy_version != final_version:
-        raise UnsoundFigureError(
-            f"version {result.policy_version} was tested, version {final_version} is final"
-        )
-    ledger = read_ledger(services.store, plan.run)
-    check_ledger(ledger, recorded_steps=outcome.steps, actors=plan.actors)
-    return ledger.learner_update
 
 
 def _cell(

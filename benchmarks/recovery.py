@@ -50,7 +50,7 @@ TARGET_SECONDS = 5.0
 
 PRESET = "cartpole-ppo"
 UPDATES_BETWEEN_KILLS = 5
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 180.0
 POLL_SECONDS = 0.01
 LEARNER_PORT = "training_server.training_server_config.learner.http.port"
 
@@ -80,9 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = Report("recovery", options)
     plan = replace(plan_from_preset(presets.load(PRESET), PRESET), steps=None, target_return=None)
     with temporary_directory("recovery") as directory:
-        services, learner_url = stack_for_kills(directory)
+        log_to_file(directory)
+        learner_port = free_port()
+        services = stack_for_kills(directory, Ports.free(), learner_port)
         with running_stack(services) as stack, Training(plan, services) as training:
-            victims = services_of(stack, learner_url)
+            victims = services_of(stack, f"http://{LOOPBACK}:{learner_port}")
             found = kill_in_turn(victims, training, repeats=1 if options.quick else 5)
             outcome = training.finish()
         ledger = read_ledger(services.store, plan.run)
@@ -113,13 +115,17 @@ def report_service(report: Report, name: str, recoveries: Sequence[Recovery]) ->
 # ---- the stack --------------------------------------------------------------------------------------------
 
 
-def stack_for_kills(directory: Path) -> tuple[StackPlan, str]:
-    """A stack that restarts without a limit, and the URL of its learner, which gets a port of its own."""
-    log_to_file(directory)
+def stack_for_kills(directory: Path, ports: Ports, learner_port: int) -> StackPlan:
+    """A stack that restarts without a limit; its learner, else on any port, has one that is known."""
+    plan = plan_stack(directory, ports, extra=[f"{LEARNER_PORT}={learner_port}"])
+    return replace(plan, restart=RestartPolicy(limit=10_000))
+
+
+def free_port() -> int:
+    """A port of loopback that nothing listens on now."""
     with socket.create_server((LOOPBACK, 0)) as listener:
-        port = listener.getsockname()[1]
-    plan = plan_stack(directory, Ports.free(), extra=[f"{LEARNER_PORT}={port}"])
-    return replace(plan, restart=RestartPolicy(limit=10_000)), f"http://{LOOPBACK}:{port}"
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def services_of(stack: Stack, learner_url: str) -> list[Service]:
@@ -275,7 +281,7 @@ def await_ready(service: Service) -> float:
 
 
 def wait_for(ask: Callable[[], Answer | None], what: str) -> Answer:
-    """Asks until there is an answer. Raises UnsoundFigureError after a minute."""
+    """Asks until there is an answer. Raises UnsoundFigureError after three minutes."""
     deadline, pause = time.monotonic() + WAIT_SECONDS, threading.Event()
     while (answer := ask()) is None:
         if time.monotonic() > deadline:
