@@ -16,6 +16,7 @@ RelayRLError
 │   └── InvalidTrajectory       a finished trajectory that fails validation
 ├── UnknownActor                an actor id that this client does not have
 ├── UnknownRun                  no run of that name or id, and none may be created
+├── RunFailed                   the run ended by a failure; nothing learns from it any more
 ├── TransportError              the other side could not be reached or did not answer
 │   ├── PeerTimeout             no answer within the deadline
 │   ├── PeerLost                the connection broke while a request was open
@@ -153,6 +154,12 @@ class UnknownRun(RelayRLError):
     """No run of that name or id exists, and none may be created."""
 
     code = "unknown_run"
+
+
+class RunFailed(RelayRLError):
+    """The run ended by a failure: its learner gave up, and nothing learns from it any more."""
+
+    code = "run_failed"
 
 
 class TransportError(RelayRLError):

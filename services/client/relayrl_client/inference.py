@@ -25,7 +25,7 @@ from relayrl_shared.messages import Actions, RequestActions
 from relayrl_shared.policy.interface import noise_leaves
 from relayrl_shared.policy.manifest import NoiseLeaf
 from relayrl_shared.sockets import Peer
-from relayrl_shared.spaces import leaf_log_prob_name, mask_leaf_name, policy_action_name
+from relayrl_shared.spaces import LeafSpec, leaf_log_prob_name, mask_leaf_name, policy_action_name
 from relayrl_shared.trajectory import RecordSchema
 
 Arrays = dict[str, NDArray[Any]]
@@ -69,10 +69,16 @@ class Inference(Protocol):
 
 
 class LocalInference:
-    """Acts in this process with the version in the slot; one read of the slot a call."""
+    """Acts in this process with the version in the slot; one read of the slot a call.
 
-    def __init__(self, slot: PolicySlot) -> None:
+    Args:
+        slot: holds the version in use.
+        check: raises where acting has become pointless, such as for a run that failed.
+    """
+
+    def __init__(self, slot: PolicySlot, check: Callable[[], None] = lambda: None) -> None:
         self.slot = slot
+        self._check = check
 
     @property
     def noise(self) -> tuple[NoiseLeaf, ...]:
@@ -86,6 +92,7 @@ class LocalInference:
 
     def act(self, inputs: Arrays, rows: int, *, greedy: bool, deadline: float) -> Decision:
         """See `Inference.act`; it does not wait."""
+        self._check()
         acting = self.slot.current
         return Decision(acting.run(inputs), acting.policy_version, acting.tags[greedy])
 
@@ -109,11 +116,20 @@ class ServerInference:
         schema: what is recorded; a reply that does not fit it is an error.
         alias: which version acts.
         priority: lane at the server.
+        check: as that of `LocalInference`.
     """
 
     def __init__(
-        self, address: str, policy: str, schema: RecordSchema, *, alias: str = "latest", priority: int = 0
+        self,
+        address: str,
+        policy: str,
+        schema: RecordSchema,
+        *,
+        alias: str = "latest",
+        priority: int = 0,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
+        self._check = check
         self.policy = policy
         self._schema = schema
         self._alias = alias
@@ -136,6 +152,7 @@ class ServerInference:
 
     def act(self, inputs: Arrays, rows: int, *, greedy: bool, deadline: float) -> Decision:
         """See `Inference.act`. A broken connection is tried again until the deadline."""
+        self._check()
         reply, payload = self._ask(inputs, rows, deadline)
         outputs = self._outputs(reply, payload, rows)
         self._known = (reply.policy_version, reply.learner_update)
@@ -204,12 +221,24 @@ class ServerInference:
     def _probe(self) -> Arrays:
         """One row of nothing: the lowest allowed observation, all actions allowed, no noise."""
         leaves = self._schema.observation.leaves
-        inputs: Arrays = {leaf.name: np.zeros((1, *leaf.shape), leaf.numpy_dtype) for leaf in leaves}
+        inputs: Arrays = {leaf.name: _lowest(leaf) for leaf in leaves}
         inputs |= {
             mask_leaf_name(name): np.ones((1, *shape), np.bool_)
             for name, shape in mask_shapes(self._schema).items()
         }
         return inputs | {leaf.name: np.zeros((1, leaf.width), np.float32) for leaf in self._noise}
+
+
+def _lowest(leaf: LeafSpec) -> NDArray[Any]:
+    """One row of the lowest value that the spec allows; zeros for a box, where any number passes.
+
+    Returns:
+        [1, *shape] in the leaf's dtype.
+    """
+    row = np.zeros((1, *leaf.shape), leaf.numpy_dtype)
+    if leaf.start:
+        row += np.asarray(leaf.start, leaf.numpy_dtype).reshape(leaf.shape)
+    return row
 
 
 def _required_outputs(schema: RecordSchema) -> Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]:

@@ -32,7 +32,7 @@ from relayrl_client.settings import (
 )
 from relayrl_client.storage import StepLayout, StepStorage
 from relayrl_shared.arrow_codec import schema_digest
-from relayrl_shared.errors import PeerTimeout
+from relayrl_shared.errors import PeerTimeout, from_code
 from relayrl_shared.identifiers import new_id
 from relayrl_shared.messages import ActorInfo, Limits, Pacing, RunRequest, SpoolReport, Welcome
 from relayrl_shared.noise import NoiseSource
@@ -168,6 +168,21 @@ class Runtime:
             known = max(known, self.slot.current.learner_update)
         return known
 
+    def check_run(self) -> None:
+        """Nothing while the run goes on.
+
+        Raises:
+            RunFailed, UnknownRun, RunMismatch: what the training server said of it.
+        """
+        failure = None if self.session is None else self.session.failure
+        if failure is not None:
+            raise from_code(failure.code, str(failure))  # a new one: it may be raised in many threads
+
+    def gives_up(self) -> bool:
+        """Whether every wait ends now, since the client stops. Raises as `check_run`."""
+        self.check_run()
+        return self.stopping.is_set()
+
     def servers_are_up(self) -> bool:
         """Whether training server and registry answer (contracts E3)."""
         session_up = self.session is None or self.session.is_up
@@ -272,17 +287,23 @@ def _assemble(
         ),
         RecordLimits(standing.max_segment_steps, standing.rollout_steps),
     )
-    slot, inference = _inference(plan, standing, closing)
-    delivery = open_delivery(standing)
-    closing.callback(delivery.close, plan.timeouts.shutdown_seconds)
-    stopping = threading.Event()
-    closing.callback(stopping.set)
     runtime: Runtime
+
+    def check_run() -> None:
+        runtime.check_run()
+
+    def gives_up() -> bool:
+        return runtime.gives_up()
 
     def servers_are_up() -> bool:
         return runtime.servers_are_up()
 
-    admission = _admission(standing, recorder, inference, session, stopping, servers_are_up)
+    slot, inference = _inference(plan, standing, closing, check_run)
+    delivery = open_delivery(standing)
+    closing.callback(delivery.close, plan.timeouts.shutdown_seconds)
+    stopping = threading.Event()
+    closing.callback(stopping.set)
+    admission = _admission(standing, recorder, inference, session, gives_up, servers_are_up)
     coordinator = Coordinator(
         plan.schema,
         recorder,
@@ -300,17 +321,17 @@ def _assemble(
 
 
 def _inference(
-    plan: Plan, standing: Standing, closing: contextlib.ExitStack
+    plan: Plan, standing: Standing, closing: contextlib.ExitStack, check: Callable[[], None]
 ) -> tuple[PolicySlot | None, Inference]:
     if plan.actor_inference_mode == "server":
         address = plan.transport.zmq_addresses.inference_addresses.inference_server_address.zmq
-        remote = ServerInference(address, standing.policy, plan.schema)
+        remote = ServerInference(address, standing.policy, plan.schema, check=check)
         closing.callback(remote.close)
         return None, remote
     slot = PolicySlot(plan.schema)
     if plan.default_model is not None:
         slot.load(plan.default_model)
-    return slot, LocalInference(slot)
+    return slot, LocalInference(slot, check)
 
 
 def _admission(
@@ -318,14 +339,14 @@ def _admission(
     recorder: Recorder,
     inference: Inference,
     session: Session | None,
-    stopping: threading.Event,
+    gives_up: Callable[[], bool],
     servers_are_up: Callable[[], bool],
 ) -> Admission:
     if standing.pacing == "free" or session is None:
         return FreePacing()
     if standing.rollout_steps is not None:
-        return RolloutPacing(inference, recorder, standing.max_policy_lag, stopping.is_set, servers_are_up)
-    return LeasePacing(stopping.is_set, session.wake, servers_are_up, standing.max_policy_lag)
+        return RolloutPacing(inference, recorder, standing.max_policy_lag, gives_up, servers_are_up)
+    return LeasePacing(gives_up, session.wake, servers_are_up, standing.max_policy_lag)
 
 
 def _links(runtime: Runtime) -> SessionLinks:
@@ -351,7 +372,7 @@ def _follow_policy(runtime: Runtime, deadline: float, closing: contextlib.ExitSt
     """
     plan, slot = runtime.plan, runtime.slot
     if slot is None:
-        if runtime.inference.admit(0, deadline, lambda: False):
+        if runtime.inference.admit(0, deadline, runtime.gives_up):
             return
         raise _no_version(runtime, "is the inference server running, and inference_server_address right?")
     if not plan.is_online:
@@ -368,9 +389,13 @@ def _follow_policy(runtime: Runtime, deadline: float, closing: contextlib.ExitSt
     )
     closing.callback(watcher.close)
     runtime.watcher = watcher
-    if not slot.wait_until(lambda acting: True, deadline, lambda: False):
+    if not slot.wait_until(lambda acting: True, deadline, runtime.gives_up):
         raise _no_version(
-            runtime, slot.last_refusal or watcher.last_error or "the learner has published none"
+            runtime,
+            slot.last_refusal
+            or watcher.last_refusal
+            or watcher.last_error
+            or "the learner has published none",
         )
 
 

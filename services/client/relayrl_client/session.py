@@ -2,7 +2,8 @@
 
 Driven by the agent. One thread sends a heartbeat every few seconds, or at once when woken: for steps that a
 paced call waits for, or actors that came and went. A server that no longer knows the client (it restarted) is
-told hello again; while it cannot be reached the session says so and tries on.
+told hello again; while it cannot be reached the session says so and tries on. What no trying changes, a run
+that is gone, differs or has failed, is `failure`, which the runtime raises in the application.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from relayrl_shared.errors import PeerTimeout, RelayRLError, RunMismatch
+from relayrl_shared.errors import (
+    ConfigError,
+    PeerTimeout,
+    RelayRLError,
+    RunFailed,
+    RunMismatch,
+    SpecMismatch,
+    UnknownRun,
+)
 from relayrl_shared.messages import (
     ActorChange,
     ActorInfo,
@@ -30,6 +39,7 @@ from relayrl_shared.sockets import Peer
 
 _RETRY_SECONDS = 0.5
 _REQUEST_SECONDS = 5.0
+_TERMINAL = (UnknownRun, RunMismatch, SpecMismatch, ConfigError, RunFailed)
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +73,17 @@ class SessionStatistics:
     last_error: str
 
 
+class _Change:
+    """An actor change on its way to the server. error: why the server will never take it."""
+
+    __slots__ = ("done", "error", "message")
+
+    def __init__(self, message: ActorChange) -> None:
+        self.message = message
+        self.done = threading.Event()
+        self.error: RelayRLError | None = None
+
+
 class Session:
     """A client's membership in a run.
 
@@ -82,8 +103,9 @@ class Session:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
-        self._changes: list[tuple[ActorChange, threading.Event]] = []
+        self._changes: list[_Change] = []
         self._is_up = True
+        self._failure: RelayRLError | None = None
         self._learner_update = 0
         self._state = ""
         self._last_error = ""
@@ -144,6 +166,11 @@ class Session:
         return self._is_up
 
     @property
+    def failure(self) -> RelayRLError | None:
+        """Why this client cannot train any more, as the server said last: trying on is of no use."""
+        return self._failure
+
+    @property
     def learner_update(self) -> int:
         """The highest number of finished updates that the server told."""
         return self._learner_update
@@ -158,6 +185,9 @@ class Session:
         """Tell the server of actors that came or went; whether it knows by the end of the time.
 
         It is told later where it cannot be reached now: the change stays queued.
+
+        Raises:
+            RelayRLError: the server will never take this change.
         """
         welcome = self._welcome
         if welcome is None or self._thread is None:
@@ -165,11 +195,14 @@ class Session:
         change = ActorChange(
             client_id=self._client_id, run_id=welcome.run_id, added=tuple(added), removed=tuple(removed)
         )
-        done = threading.Event()
+        waiting = _Change(change)
         with self._lock:
-            self._changes.append((change, done))
+            self._changes.append(waiting)
         self._wake.set()
-        return done.wait(timeout_seconds)
+        told = waiting.done.wait(timeout_seconds)
+        if waiting.error is not None:
+            raise waiting.error
+        return told
 
     def statistics(self) -> SessionStatistics:
         """Where the session stands."""
@@ -220,6 +253,7 @@ class Session:
             try:
                 self._exchange(welcome, links)
                 self._is_up = True
+                self._failure = self._failed_run(welcome)
                 pause = welcome.limits.heartbeat_seconds
             except RelayRLError as exc:
                 self._failed(exc)
@@ -227,7 +261,18 @@ class Session:
             self._wake.wait(pause)
             self._wake.clear()
 
+    def _failed_run(self, welcome: Welcome) -> RelayRLError | None:
+        """A run under `block` cannot go on without its learner; under `free` acting and storing may."""
+        if self._state != "failed" or welcome.pacing != "block":
+            return None
+        return RunFailed(
+            f"run {welcome.run_name} has failed: its learner gave up. "
+            "`relayrl status` and the log of the training server say why"
+        )
+
     def _failed(self, error: RelayRLError) -> None:
+        if isinstance(error, _TERMINAL):
+            self._failure = error
         if self._is_up:
             _log.warning("the training server cannot be reached or refuses: %s", error)
         self._is_up = False
@@ -262,10 +307,18 @@ class Session:
             with self._lock:
                 if not self._changes:
                     return
-                change, done = self._changes[0]
-            reply, _ = self._peer.request(change, timeout_seconds=_REQUEST_SECONDS)
-            if not isinstance(reply, Ok):
-                raise RunMismatch(f"the agent listener answered {type(reply).__name__} to an actor change")
+                change = self._changes[0]
+            try:
+                reply, _ = self._peer.request(change.message, timeout_seconds=_REQUEST_SECONDS)
+                if not isinstance(reply, Ok):
+                    raise RunMismatch(
+                        f"the agent listener answered {type(reply).__name__} to an actor change"
+                    )
+            except RelayRLError as exc:
+                if exc.retryable:
+                    raise
+                change.error = exc  # the same change would be refused for ever, and hold up all heartbeats
+                _log.error("the training server refuses a change of actors: %s", exc)
             with self._lock:
                 self._changes.pop(0)
-            done.set()
+            change.done.set()

@@ -63,6 +63,11 @@ def artefact(learner_update: int, **options: Any) -> PolicyArtefact:
     )
 
 
+def refused(error: RelayRLError) -> ErrorReply:
+    """The answer that stands for an error."""
+    return ErrorReply(code=error.code, message=str(error), retryable=error.retryable)
+
+
 @dataclass
 class TinyServer:
     """All services of a stack behind one ROUTER, answered by what the test sets.
@@ -82,6 +87,9 @@ class TinyServer:
     knows_client: bool = True
     hello_failures: list[RelayRLError] = field(default_factory=list)
     """Answers to the next hellos, one each."""
+    heartbeat_failure: RelayRLError | None = None
+    change_failure: RelayRLError | None = None
+    run_state: str = "active"
     lease_steps: int = 0
     lease_seconds: float = 10.0
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -129,6 +137,8 @@ class TinyServer:
             return (self._hello(message),)
         if isinstance(message, Heartbeat):
             return (self._heartbeat(message),)
+        if isinstance(message, ActorChange) and self.change_failure is not None:
+            return (refused(self.change_failure),)
         if isinstance(message, ActorChange | Goodbye):
             (self.changes if isinstance(message, ActorChange) else self.goodbyes).append(message)  # type: ignore[arg-type]
             return (Ok(),)
@@ -171,12 +181,14 @@ class TinyServer:
 
     def _heartbeat(self, heartbeat: Heartbeat) -> AnyMessage:
         self.heartbeats.append(heartbeat)
+        if self.heartbeat_failure is not None:
+            return refused(self.heartbeat_failure)
         steps = min(self.lease_steps, heartbeat.lease_steps_wanted)
         self.lease_steps -= steps
         return HeartbeatReply(
             known=self.knows_client,
             learner_update=self.versions[-1].manifest.learner_update if self.versions else 0,
-            run_state="active",
+            run_state=self.run_state,
             lease_steps=steps,
             lease_expires_in_seconds=self.lease_seconds,
         )

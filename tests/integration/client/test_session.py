@@ -7,16 +7,36 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 
 from relayrl_client.agent import Agent
-from relayrl_shared.errors import EpisodeError, PacingTimeout, PeerTimeout, RunMismatch, StoreUnavailable
+from relayrl_shared.errors import (
+    EpisodeError,
+    PacingTimeout,
+    PeerTimeout,
+    RelayRLError,
+    RunFailed,
+    RunMismatch,
+    SpecMismatch,
+    StoreUnavailable,
+    UnknownRun,
+)
+from relayrl_shared.spaces import ActionSpec, ObservationSpec
+from relayrl_shared.testing.policies import make_artefact
 
 TinyServer = Any  # of conftest, which cannot be imported
 OpenAgent = Callable[..., Agent]
 
 SEEN = np.zeros((2, 3), np.float32)
+
+
+def failure_of(agent: Agent) -> RelayRLError | None:
+    """What the session of a running agent cannot get over."""
+    session = agent.runtime.session
+    assert session is not None
+    return session.failure
 
 
 def act(agent: Agent, ids: list[str], ticks: int, **options: Any) -> list[int]:
@@ -337,3 +357,93 @@ def test_a_corrupt_version_is_refused_and_the_old_one_acts(
         server.versions.append(good)
         agent.wait_for_version(2, 10.0)
         assert act(agent, ids, 1) == [2]
+
+
+@pytest.mark.parametrize("rollout_steps", [4, None], ids=["rollouts", "leases"])
+def test_a_failed_run_ends_the_wait_with_a_typed_error(
+    server: TinyServer, online_agent: OpenAgent, rollout_steps: int | None
+) -> None:
+    """Under block nothing is to be waited for any more: the application is told, long before its deadline."""
+    server.welcome["rollout_steps"] = rollout_steps
+    server.lease_steps = 8
+    with online_agent(request_seconds=60.0) as agent:
+        ids = agent.get_actor_ids()
+        act(agent, ids, 4)
+        server.run_state = "failed"
+        began = time.monotonic()
+        with pytest.raises(RunFailed, match="run tiny has failed"):
+            act(agent, ids, 1)
+        assert time.monotonic() - began < 20
+        server.run_state = "active"
+        server.wait(lambda: failure_of(agent) is None)
+
+
+def test_under_free_acting_goes_on_with_a_failed_run(server: TinyServer, online_agent: OpenAgent) -> None:
+    """What is recorded is stored still; that the run failed is told by the session."""
+    server.welcome["pacing"] = "free"
+    server.run_state = "failed"
+    with online_agent() as agent:
+        session = agent.runtime.session
+        assert session is not None
+        server.wait(lambda: session.statistics().state == "failed")
+        assert act(agent, agent.get_actor_ids(), 5) == [1] * 5
+
+
+@pytest.mark.parametrize("pacing", ["block", "free"])
+def test_a_run_that_is_gone_is_the_applications_error(
+    server: TinyServer, online_agent: OpenAgent, pacing: str
+) -> None:
+    """What is recorded could never be stored: acting on unpaced would hide it."""
+    server.welcome |= {"pacing": pacing, "max_policy_lag": 1}
+    with online_agent() as agent:
+        ids = agent.get_actor_ids()
+        act(agent, ids, 1)
+        server.heartbeat_failure = UnknownRun("there is no such run")
+        server.wait(lambda: failure_of(agent) is not None)
+        with pytest.raises(UnknownRun, match="there is no such run"):
+            act(agent, ids, 1)
+
+
+def test_a_second_hello_that_finds_another_run_is_the_applications_error(
+    server: TinyServer, online_agent: OpenAgent
+) -> None:
+    """A store that was begun anew makes another run of the name: this client's sequences are not of it."""
+    server.welcome["max_policy_lag"] = 1
+    with online_agent() as agent:
+        server.welcome["run_id"] = "0196f3a0-0000-7000-8000-000000000002"
+        server.knows_client = False
+        server.wait(lambda: failure_of(agent) is not None)
+        with pytest.raises(RunMismatch, match="start the client again"):
+            act(agent, agent.get_actor_ids(), 1)
+
+
+def test_a_change_that_is_refused_for_good_does_not_end_the_heartbeats(
+    server: TinyServer, online_agent: OpenAgent
+) -> None:
+    """Its caller gets the error; the next change and the heartbeats go on."""
+    with online_agent() as agent:
+        server.change_failure = SpecMismatch("actor_index is out of range")
+        with pytest.raises(SpecMismatch, match="out of range"):
+            agent.new_actor()
+        server.change_failure = None
+        before = len(server.heartbeats)
+        server.wait(lambda: len(server.heartbeats) > before)
+        added = agent.new_actor()
+    assert added in [info.actor_id for change in server.changes for info in change.added]
+
+
+def test_server_inference_starts_where_observations_begin_above_zero(
+    server: TinyServer, online_agent: OpenAgent
+) -> None:
+    """The question for the first version is an observation that the spec allows."""
+    low, high = 3, 5
+    start = np.array([low, low])
+    space = gymnasium.spaces.MultiDiscrete([high - low, high - low], start=start)
+    observation = ObservationSpec.from_gymnasium(space)
+    action = ActionSpec.from_gymnasium(gymnasium.spaces.Discrete(2))
+    server.versions[:] = [make_artefact(observation, action, policy="run-1", policy_version=1)]
+    options = {"environment": None, "observation_space": space, "action_space": action}
+    with online_agent(actor_inference_mode="server", **options):
+        pass
+    (asked, *_) = server.requests
+    assert asked["observation"].tolist() == [[low, low]]
