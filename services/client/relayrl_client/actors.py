@@ -26,6 +26,7 @@ BUSY = 16  # a call is at work on this actor
 
 ACTING = EPISODE | STEP
 ACTING_BUSY = ACTING | BUSY
+NOT_BUSY = np.uint8(0xFF ^ BUSY)
 
 _MAX_CACHED_SELECTIONS = 4096
 NEVER = np.iinfo(np.int64).max
@@ -199,8 +200,13 @@ class ActorTable:
 
     # -- environments ----------------------------------------------------------------------------------
 
-    def new_environment(self, reset_ticks: int, first_rollout: int) -> EnvironmentHandle:
+    def new_environment(self, reset_ticks: int, first_rollout: int, tick: int = 0) -> EnvironmentHandle:
         """A new environment instance without actors.
+
+        Args:
+            reset_ticks: ticks without a step after each end.
+            first_rollout: the rollout that it begins in.
+            tick: how many ticks of that rollout are over.
 
         Raises:
             ConfigError: reset_ticks is negative.
@@ -212,8 +218,9 @@ class ActorTable:
             self.environments = self.environments.grown(2 * index)
         handle = EnvironmentHandle(str(uuid.uuid4()), index, reset_ticks)
         self.handles.append(handle)
-        self.environments.first_rollout[index] = first_rollout
-        self.environments.rollout[index] = first_rollout
+        environments = self.environments
+        environments.first_rollout[index] = environments.rollout[index] = first_rollout
+        environments.tick[index] = tick
         return handle
 
     def move(self, actor_ids: Sequence[str], environment: EnvironmentHandle) -> None:
@@ -231,18 +238,30 @@ class ActorTable:
             self.detail(row).environment = environment
         self._selections = {}
 
-    def next_rollout(self, actor_ids: Sequence[str]) -> int:
-        """The rollout that these actors begin next, should they move to a new environment.
+    def next_place(self, actor_ids: Sequence[str], rollout_steps: int | None) -> tuple[int, int]:
+        """Where these actors go on in a new environment: the rollout, and how many of its ticks are over.
 
         Raises:
             UnknownActor: there is no actor of that id.
+            EpisodeError: some are in the middle of a rollout and others are elsewhere.
         """
-        following = []
+        if rollout_steps is None:
+            return 0, 0
+        places = {}
         for actor_id in actor_ids:
-            index = self.detail(self.row(actor_id)).environment.index
-            acted = bool(self.environments.tick[index])
-            following.append(int(self.environments.rollout[index]) + acted)
-        return max(following, default=0)
+            environment = self.detail(self.row(actor_id)).environment
+            done, tick = divmod(int(self.environments.tick[environment.index]), rollout_steps)
+            if tick and tick + environment.reset_ticks >= rollout_steps:
+                done, tick = done + 1, 0  # reset ticks were all that was left of it
+            places[int(self.environments.first_rollout[environment.index]) + done, tick] = actor_id
+        if len(places) > 1 and any(tick for _, tick in places):
+            (rollout, tick), actor_id = max(places.items(), key=lambda place: place[0][1])
+            raise EpisodeError(
+                f"actor {actor_id} is {tick} ticks into rollout {rollout} of {rollout_steps} ticks, and "
+                "others are elsewhere: one environment has one rollout. Let each finish its own first, or make new "
+                "actors (new_actors) for this environment"
+            )
+        return max(places, default=(0, 0))
 
     # -- actors ----------------------------------------------------------------------------------------
 

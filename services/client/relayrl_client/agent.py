@@ -309,18 +309,21 @@ class Agent:
     def new_environment(self, actor_ids: Sequence[str], reset_ticks: int = 0) -> EnvironmentHandle:
         """An environment instance in which these actors act: one call that covers it is one tick for all.
 
+        It goes on in the middle of a rollout where they were, so that the learner gets that one whole.
+
         Args:
             actor_ids: actors between two episodes.
             reset_ticks: ticks without a step after each end (1 for NEXT_STEP autoreset).
 
         Raises:
-            UnknownActor, EpisodeError: there is no such actor, or it is in an episode.
+            UnknownActor, EpisodeError: there is no such actor, or it is in an episode, or they are in
+                different places of a rollout.
             ConfigError: reset_ticks is negative.
         """
         runtime = self.runtime
         with runtime.recorder.lock:
-            first = runtime.table.next_rollout(actor_ids)
-            handle = runtime.table.new_environment(reset_ticks, first)
+            place = runtime.table.next_place(actor_ids, runtime.recorder.limits.rollout_steps)
+            handle = runtime.table.new_environment(reset_ticks, *place)
             runtime.table.move(actor_ids, handle)
             rows = [runtime.table.row(actor_id) for actor_id in actor_ids]
             moved = [(row, runtime.table.detail(row)) for row in rows]

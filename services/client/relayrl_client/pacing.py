@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from relayrl_client.actors import Selection
+from relayrl_client.actors import ActorDetails, Selection
 from relayrl_client.inference import Inference
 from relayrl_client.recorder import Recorder
 from relayrl_shared.errors import EpisodeError, PacingTimeout
@@ -102,7 +102,7 @@ class RolloutPacing:
         if self._would_block_itself(selection, rollout):
             self.counters.unpaced_rollouts_total += 1
             return
-        self._wait(selection, rollout, deadline)
+        self._wait(rollout, deadline)
 
     def _would_block_itself(self, selection: Selection, rollout: int) -> bool:
         """Whether this very thread still has to finish earlier rollouts of other actors.
@@ -110,18 +110,16 @@ class RolloutPacing:
         Raises:
             EpisodeError: so it is, in lockstep, where going on is no choice.
         """
-        thread = threading.get_ident()
-        mine = [detail for detail in self._recorder.behind(selection, rollout) if detail.driver == thread]
+        thread, called = threading.get_ident(), set(selection.ids)
+        behind = self._recorder.behind(rollout)
+        mine = [late for late in behind if late.driver == thread or late.actor_id in called]
         if not mine:
             return False
         if self.max_policy_lag == 0:
-            raise EpisodeError(
-                f"rollout {rollout} waits for the learner, which waits for actor {mine[0].actor_id} in the "
-                "rollout before, which this thread drives too: pass all actors in one call"
-            )
+            raise EpisodeError(_self_block(rollout, mine, called))
         return True
 
-    def _wait(self, selection: Selection, rollout: int, deadline: float) -> None:
+    def _wait(self, rollout: int, deadline: float) -> None:
         needed = rollout - self.max_policy_lag
         began = time.monotonic()
         self.counters.waits_total += 1
@@ -133,15 +131,29 @@ class RolloutPacing:
             self.counters.unpaced_rollouts_total += 1
             return
         self.counters.timeouts_total += 1
-        late = [detail.actor_id for detail in self._recorder.behind(selection, rollout)]
+        late = [detail.actor_id for detail in self._recorder.behind(rollout)]
         why = f"it may wait for actor {late[0]}" if late else "is the learner running?"
         raise PacingTimeout(
             f"this rollout needs a policy of {needed} finished updates, and none came within "
-            f"{time.monotonic() - began:.1f} s: {why} Call again with reward=None to wait on"
+            f"{time.monotonic() - began:.1f} s: {why}; call again with reward=None to wait on"
         )
 
     def _gives_up(self) -> bool:
         return self._is_stopping() or (self.max_policy_lag > 0 and not self._servers_are_up())
+
+
+def _self_block(rollout: int, mine: Sequence[ActorDetails], called: Collection[str]) -> str:
+    """Why a call would wait for itself, and what to do about it."""
+    apart = [late.actor_id for late in mine if late.actor_id in called]
+    late = (
+        f"rollout {rollout} waits for the learner, which waits for actor {(apart or [mine[0].actor_id])[0]}"
+    )
+    if apart:
+        return (
+            f"{late} of this very call, whose environment is still in a rollout before: call these apart "
+            f"until they begin rollout {rollout} too (this call took their rewards): {', '.join(apart)}"
+        )
+    return f"{late} in a rollout before, which this thread drives too: pass all actors in one call"
 
 
 class LeasePacing:

@@ -23,6 +23,7 @@ from relayrl_client.actors import (
     EACH_STEP,
     EPISODE,
     NEVER,
+    NOT_BUSY,
     PENDING,
     ROOM,
     SLOT,
@@ -183,7 +184,7 @@ class Recorder:
                 closing.append(due)
         closed = self._close(closing)
         error = self._make_room(selection, phases)
-        columns.phase[selection.index] = EPISODE | BUSY
+        columns.phase[selection.index] = ACTING_BUSY if selection.recorded else EPISODE | BUSY
         return Begun(
             step_index=columns.progress[rows, STEP_INDEX],
             episode_index=columns.episode_index[rows],
@@ -215,7 +216,18 @@ class Recorder:
             return 0
         rollouts = environments.first_rollout[turning] + environments.tick[turning] // steps
         environments.rollout[turning] = rollouts
+        self._cut_at_next_call(set(turning.tolist()))
         return int(rollouts.max())
+
+    def _cut_at_next_call(self, environments: set[int]) -> None:
+        """Mark all acting actors of environments whose rollout is over, those that are not in this call too.
+
+        The marked ones take the long way when they are called next, and their segment closes there.
+        """
+        phases = self.table.columns.phase
+        for row, detail in self.table.live():
+            if phases[row] & STEP and detail.environment.index in environments:
+                phases[row] |= TURN
 
     def _due(self, row: int, detail: ActorDetails, leaves: Arrays, position: int) -> Closing | None:
         """The open segment of an actor if this call closes it: it is full, or its rollout is over."""
@@ -320,7 +332,7 @@ class Recorder:
         progress[at + STEP_INDEX] += 1
         progress[at + ROOM] = room
         self.storage.write_row(slot, tick, tags, values)
-        columns.phase_of[row] = ACTING if room else ACTING | TURN
+        columns.phase_of[row] = ACTING | (columns.phase_of[row] & TURN if room else TURN)
         environments.tick_of[environment] = tick + 1
         self.counters.steps_total += 1
 
@@ -332,7 +344,7 @@ class Recorder:
         one = selection.environment
         ticks = tick[selection.environment_of] if one is None else tick.item(one)
         self.storage.write(progress[:, SLOT], ticks, tags, values)
-        columns.phase[selection.index] = ACTING
+        columns.phase[selection.index] &= NOT_BUSY  # a TURN that another thread set meanwhile stays
         room = progress[:, ROOM]
         if room.item() == 0 if len(room) == 1 else not room.all():
             columns.phase[selection.rows[room == 0]] |= TURN
@@ -472,15 +484,13 @@ class Recorder:
 
     # -- pacing ----------------------------------------------------------------------------------------
 
-    def behind(self, selection: Selection, rollout: int) -> list[ActorDetails]:
-        """Actors that the learner waits for, not in this call, that have not finished the rollouts before."""
+    def behind(self, rollout: int) -> list[ActorDetails]:
+        """Actors that the learner waits for and that have not finished the rollouts before.
+
+        Those of the call itself are among them where their environment does not begin that rollout with it.
+        """
         with self.lock:
-            called = set(selection.rows.tolist())
-            return [
-                detail
-                for row, detail in self.table.live()
-                if row not in called and self._is_behind(row, detail, rollout)
-            ]
+            return [detail for row, detail in self.table.live() if self._is_behind(row, detail, rollout)]
 
     def _is_behind(self, row: int, detail: ActorDetails, rollout: int) -> bool:
         steps = self.limits.rollout_steps

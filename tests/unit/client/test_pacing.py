@@ -54,7 +54,7 @@ class Others:
 
     details: list[ActorDetails] = field(default_factory=list)
 
-    def behind(self, selection: Selection, rollout: int) -> list[ActorDetails]:
+    def behind(self, rollout: int) -> list[ActorDetails]:
         """Those that the test set."""
         return self.details
 
