@@ -102,7 +102,7 @@ def test_lag_zero_waits_for_ever_and_names_who_is_missing() -> None:
     sampler = rollouts(lag=0, timeout_seconds=0.001)
     sampler.add([part(1, 0, 0, count=1)], 0.0)
 
-    assert ask(sampler, 0, now=1e9) is None
+    assert [ask(sampler, 0, now=now) for now in (0.0, 1e9)] == [None, None]
     assert sampler.waiting_for == "rollout 0: actor 1 of client 0"
 
 
