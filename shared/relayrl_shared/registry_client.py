@@ -16,13 +16,26 @@ import msgspec
 from blake3 import blake3
 
 from relayrl_shared import messages
-from relayrl_shared.errors import DigestMismatch, FrameError, PeerRejected, RelayRLError
+from relayrl_shared.errors import (
+    ArtefactError,
+    DigestMismatch,
+    FrameError,
+    LeaseLost,
+    PeerRejected,
+    RegistryError,
+    RelayRLError,
+    StaleFencingToken,
+)
 from relayrl_shared.messages import Announcement, AnyMessage
 from relayrl_shared.policy.manifest import PolicyArtefact, PolicyManifest
 from relayrl_shared.sockets import AnnouncementListener, Peer
 
 CHUNK_BYTES = 1 << 20
 MAX_BLOB_BYTES = 8 << 30
+
+_PUBLISH_TRIES = 3
+_PUBLISH_FINAL = (StaleFencingToken, LeaseLost, DigestMismatch, ArtefactError)
+"""Errors that the same publication would meet again; those that are `retryable` ask for time instead."""
 
 _log = logging.getLogger(__name__)
 
@@ -62,11 +75,22 @@ class RegistryClient:
 
         Raises:
             StaleFencingToken: a newer learner holds the run.
-            DigestMismatch: the key has other digests, or a blob was damaged.
+            DigestMismatch: the key has other digests.
             TransportError: the registry could not be reached in time; call again.
+            RelayRLError: it failed several times, each from the intent on, such as for a full disk.
         """
-        manifest = artefact.manifest
         blobs = _blobs(artefact)
+        for _ in range(_PUBLISH_TRIES - 1):
+            try:
+                return self._publish(artefact.manifest, blobs, fencing_token)
+            except RelayRLError as error:
+                if error.retryable or isinstance(error, _PUBLISH_FINAL):
+                    raise
+                # Such as the refusal by a registry that has forgotten half an upload.
+                _log.warning("publication of %s begins again: %s", artefact.manifest.policy, error)
+        return self._publish(artefact.manifest, blobs, fencing_token)
+
+    def _publish(self, manifest: PolicyManifest, blobs: Mapping[str, bytes], fencing_token: int) -> int:
         digests = tuple(dict.fromkeys(blobs))
         intent = self._ask(messages.OpenIntent(policy=manifest.policy, digests=digests), messages.Intent)
         for digest in intent.missing:
@@ -90,7 +114,10 @@ class RegistryClient:
         for offset in range(0, max(len(blob), 1), CHUNK_BYTES):
             chunk = memoryview(blob)[offset : offset + CHUNK_BYTES]
             message = messages.PutBlob(digest=digest, offset=offset, total_bytes=len(blob))
-            self._ask(message, messages.Ok, chunk)
+            try:
+                self._ask(message, messages.Ok, chunk)
+            except DigestMismatch as error:  # of this upload, not of the key that is published
+                raise RegistryError(f"the upload of {digest} was damaged: {error}") from error
 
     # ---- fetch --------------------------------------------------------------------------------------------
 

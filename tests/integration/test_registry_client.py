@@ -189,7 +189,7 @@ def test_an_upload_that_the_registry_has_forgotten_begins_again(
 @pytest.mark.parametrize(
     ("code", "error", "intents"),
     [
-        ("internal", RelayRLError, 3),
+        ("internal", PeerRejected, 3),
         ("registry", RegistryError, 3),
         ("stale_fencing_token", StaleFencingToken, 1),
         ("digest_mismatch", DigestMismatch, 1),

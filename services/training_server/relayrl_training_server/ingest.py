@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from prometheus_client import CollectorRegistry
 
@@ -31,13 +31,11 @@ from relayrl_training_server.ingest_metrics import IngestMetrics
 from relayrl_training_server.intake import TrajectoryIntake
 from relayrl_training_server.listener import AgentListener
 from relayrl_training_server.settings import LimitSettings, TrainingServerSettings
+from relayrl_training_server.waiting import when_available
 
 LOG = logs.get_logger(__name__)
 
 MAINTENANCE_SECONDS = 1.0
-AVAILABLE_POLL_SECONDS = 0.5
-
-T = TypeVar("T")
 
 
 class Ingest:
@@ -222,20 +220,6 @@ class Ingest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def when_available(make: Callable[[], T], stop: threading.Event) -> T | None:
-    """What `make` makes, as soon as the database that it needs is there; None if `stop` came first."""
-    told = False
-    while not stop.is_set():
-        try:
-            return make()
-        except StoreUnavailable as error:
-            if not told:
-                LOG.warning("the store is not available yet; waiting for it", reason=str(error))
-            told = True
-            stop.wait(AVAILABLE_POLL_SECONDS)
-    return None
 
 
 def run_ingest(settings: TrainingServerSettings) -> int:

@@ -13,11 +13,10 @@ from relayrl_shared.lifecycle import StopSignal
 from relayrl_shared.registry_client import RegistryClient
 from relayrl_shared.store.interface import Run, TrajectoryStore
 from relayrl_shared.store.open import open_store
+from relayrl_training_server.children import RUN_FAILED_STATUS
 from relayrl_training_server.learner import Learner, is_passing
 from relayrl_training_server.settings import TrainingServerSettings
-
-RUN_FAILED_STATUS = 3
-"""Exit status where the run failed: started again, it would fail again."""
+from relayrl_training_server.waiting import when_available
 
 RESTART_STATUS = 1
 """Exit status where another start may go well: a lost lease, a store that is away."""
@@ -45,9 +44,13 @@ def main(settings: TrainingServerSettings, run: str) -> int:
 
 
 def _serve(settings: TrainingServerSettings, name: str, stop: StopSignal) -> int:
-    store = open_store(
-        settings.store_url, writer_of="learner", allow_unsafe=settings.server.allow_unsafe_store
-    )
+    def opened() -> TrajectoryStore:
+        allow_unsafe = settings.server.allow_unsafe_store
+        return open_store(settings.store_url, writer_of="learner", allow_unsafe=allow_unsafe)
+
+    store = when_available(opened, stop.event)
+    if store is None:
+        return 0
     try:
         run = wait_for_run(store, name, stop.event)
         if run is None:

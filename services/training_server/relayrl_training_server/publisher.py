@@ -14,7 +14,13 @@ from typing import Any, Protocol
 import msgspec
 
 from relayrl_shared import logs
-from relayrl_shared.errors import RelayRLError
+from relayrl_shared.errors import (
+    ArtefactError,
+    DigestMismatch,
+    LeaseLost,
+    RelayRLError,
+    StaleFencingToken,
+)
 from relayrl_shared.policy.engine import LoadedPolicy, load_policy
 from relayrl_shared.policy.manifest import PolicyArtefact
 from relayrl_shared.store.interface import TrajectoryStore, Use
@@ -23,6 +29,9 @@ from relayrl_training_server.export import build_artefact
 from relayrl_training_server.policy_module import PolicyModule
 
 _REPEATED = 2  # a resume repeats so many of the last publications (contracts G1)
+
+_FINAL = (LeaseLost, StaleFencingToken, DigestMismatch, ArtefactError)
+"""What no later try would change. Anything else may pass: a disk, a restart, a limit that is raised."""
 
 LOG = logs.get_logger(__name__)
 
@@ -118,18 +127,25 @@ class Publisher:
             for publication in publications
         )
 
+    def uses_of(self, learner_update: int) -> tuple[Use, ...]:
+        """What an update that is still held decided upon: whoever publishes it again records it again."""
+        held = [p.uses for p in self.publications if p.learner_update == learner_update]
+        return held[-1] if held else ()
+
     def flush(self) -> bool:
         """Sends what waits, in order; False if something must wait on, and then `trouble` says why.
 
         Raises:
-            RelayRLError: registry or store refuse for good: a lost lease, another digest under the same key.
+            LeaseLost, StaleFencingToken: the run is another's now.
+            DigestMismatch: the registry has another artefact under the same key.
+            ArtefactError: the artefact is not fit to be published.
         """
         for index, publication in enumerate(self.publications):
             try:
                 settled = self._settle(publication)
+            except _FINAL:
+                raise
             except RelayRLError as error:
-                if not error.retryable:
-                    raise
                 if not self.trouble:
                     LOG.warning(
                         "publication waits", learner_update=publication.learner_update, reason=str(error)

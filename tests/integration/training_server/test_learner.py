@@ -6,15 +6,17 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import pytest
 
+from relayrl_shared.errors import StoreUnavailable
 from relayrl_shared.policy.artefact import digest
 from relayrl_shared.store.interface import TrajectoryStore
 from relayrl_shared.store.open import open_store
 from relayrl_training_server.algorithms.build import build_algorithm
+from relayrl_training_server.checkpoints import CheckpointDirectory
 from relayrl_training_server.export import export_graph
 from relayrl_training_server.learner import Learner, LearnerTimes
 from relayrl_training_server.testing.actors import RolloutActors, make_run
@@ -213,3 +215,67 @@ def test_a_registry_that_is_down_queues_publications(rig: Callable[..., Rig]) ->
     updates = [artefact.manifest.learner_update for artefact in one.registry.artefacts]
     assert updates == [0, 1, 2, 3, 4]
     assert one.store.audit(one.run.run_id).used_twice == 0
+
+
+def test_nothing_is_published_before_its_checkpoint_is_durable(rig: Callable[..., Rig]) -> None:
+    """A disk that is full for a moment holds the update back until its checkpoint is written (contracts G1)."""
+    one = rig()
+    checkpoints = one.directory / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    full = checkpoints / ".checkpoint-000000000001.relayrl.tmp"
+    full.symlink_to("/dev/full")
+    with one.learning() as learner:
+        one.lockstep(1)
+
+    found = CheckpointDirectory(checkpoints, 5).newest(one.run.run_id)
+    assert not full.is_symlink()
+    assert found is not None
+    assert (found[0].learner_update, learner.learner_update, len(one.registry.artefacts)) == (1, 1, 2)
+
+
+class RestartingStore:
+    """A store whose database restarts while the learner waits for data."""
+
+    def __init__(self, store: TrajectoryStore, failures: int) -> None:
+        self._store = store
+        self.failures = failures
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def wait(self, run_id: str, after_position: int, timeout_seconds: float) -> bool:
+        """Fails as often as told."""
+        if self.failures:
+            self.failures -= 1
+            raise StoreUnavailable("the database is starting up")
+        return self._store.wait(run_id, after_position, timeout_seconds)
+
+
+def test_a_store_that_is_away_while_nothing_comes_is_waited_for(rig: Callable[..., Rig]) -> None:
+    """A restart of the database between two batches ends nothing."""
+    one = rig()
+    restarting = RestartingStore(one.store, failures=3)
+    one.store = cast(TrajectoryStore, restarting)
+    with one.learning():
+        one.wait(lambda: restarting.failures == 0)
+        one.lockstep(1)
+
+    assert one.published(1)
+
+
+def test_a_resume_from_an_older_checkpoint_keeps_its_uses(rig: Callable[..., Rig]) -> None:
+    """The update that a new lineage begins with is cut from its parent, and counts in the new one (G1)."""
+    one = rig()
+    with one.learning():
+        one.lockstep(3)
+    newest = max((one.directory / "run" / "checkpoints").glob("checkpoint-*.relayrl"))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    with one.learning() as learner:
+        one.wait(lambda: learner.learner_update == 3)
+        one.wait(lambda: one.registry.latest.manifest.learner_update == 3)
+        one.lockstep(1)
+    one.wait(lambda: one.store.learner_update(one.run.run_id) == 4)
+
+    audit = one.store.audit(one.run.run_id)
+    assert audit.used == one.store.counts(one.run.run_id)["trajectories"]
+    assert (audit.used_twice, audit.unread) == (0, 0)

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 from relayrl_shared import arrow_codec
-from relayrl_shared.errors import DigestMismatch, GoldenMismatch, InvalidTrajectory, LeaseLost
+from relayrl_shared.errors import (
+    ContractError,
+    DigestMismatch,
+    GoldenMismatch,
+    InvalidTrajectory,
+    LeaseLost,
+    RegistryError,
+    RelayRLError,
+)
 from relayrl_shared.messages import ActorInfo
 from relayrl_shared.store.interface import IncomingTrajectory, Run, TrajectoryStore, Use
 from relayrl_shared.store.open import open_store
@@ -317,6 +325,22 @@ def test_what_the_registry_does_not_take_waits_in_order(bench: Bench) -> None:
     assert (bench.recorded(), bench.publisher.trouble) == (3, "")
 
 
+@pytest.mark.parametrize(
+    "error", [ContractError("leaves a gap"), RelayRLError("I/O error"), RegistryError("the intent is closed")]
+)
+def test_what_a_registry_in_trouble_says_is_not_final(bench: Bench, error: RelayRLError) -> None:
+    """Only a lost lease, another artefact under the key and an unfit one end a run; the rest waits."""
+    bench.registry.trouble = error
+    bench.prepare(1)
+    waited = bench.publisher.flush()
+    said = bench.publisher.trouble
+    bench.registry.trouble = None
+
+    assert (waited, said) == (False, str(error))
+    assert bench.publisher.flush()
+    assert bench.recorded() == 1
+
+
 def test_a_resume_repeats_without_effect(bench: Bench) -> None:
     """What had gone out goes out again: no new version, no new row (contracts G1)."""
     for update in (1, 2):
@@ -340,6 +364,8 @@ def test_the_last_two_publications_are_held(bench: Bench) -> None:
         bench.publisher.flush()
 
     assert [p.learner_update for p in bench.publisher.publications] == [4, 5]
+    assert [use.position for use in bench.publisher.uses_of(5)] == [5]
+    assert bench.publisher.uses_of(3) == ()
 
 
 def test_a_published_version_is_not_asked_for_again(bench: Bench) -> None:

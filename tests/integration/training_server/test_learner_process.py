@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,6 +149,23 @@ def test_a_learner_that_is_killed_goes_on_where_it_stood(stack: Stack) -> None:
     assert final.manifest.policy_version == 13, f"seed {seed}: 12 updates and the first policy, once each"
     assert stack.status()["learner_update"] == 12
     _fail_the_run(stack)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_a_database_that_is_not_there_yet_is_waited_for() -> None:
+    """A learner that starts before its Postgres says what it waits for, and a signal ends it well."""
+    (port,) = free_ports(1)
+    store = f"--set=training_server_config.store=postgresql://nobody@127.0.0.1:{port}/nothing"
+    command = [sys.executable, "-m", "relayrl_training_server", "learn", "--run=run", store]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        process.terminate()
+        ended = process.wait(20)
+
+    assert "not available yet" in said
+    assert ended == 0
 
 
 def _fail_the_run(stack: Stack) -> None:

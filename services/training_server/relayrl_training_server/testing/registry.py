@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from relayrl_shared.errors import DigestMismatch, PeerTimeout, StaleFencingToken
+from relayrl_shared.errors import DigestMismatch, PeerTimeout, RelayRLError, StaleFencingToken
 from relayrl_shared.policy.artefact import check_digests
 from relayrl_shared.policy.manifest import PolicyArtefact
 
@@ -12,13 +12,15 @@ Key = tuple[str, str, str, int]
 class MemoryRegistry:
     """Keeps what is published, under the rules of contracts G1 and G2.
 
-    Attributes: artefacts, by version from 1; attempts, how often it was asked; down, True to answer nothing.
+    Attributes: artefacts, by version from 1; attempts, how often it was asked; down, True to answer nothing;
+    trouble, an error to answer with.
     """
 
     def __init__(self) -> None:
         self.artefacts: list[PolicyArtefact] = []
         self.attempts = 0
         self.down = False
+        self.trouble: RelayRLError | None = None
         self._versions: dict[Key, int] = {}
         self._newest_token = 0
 
@@ -38,6 +40,8 @@ class MemoryRegistry:
         self.attempts += 1
         if self.down:
             raise PeerTimeout("the registry is down")
+        if self.trouble is not None:
+            raise self.trouble
         if fencing_token < self._newest_token:
             raise StaleFencingToken(f"token {fencing_token} is older than {self._newest_token}")
         self._newest_token = fencing_token
