@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,7 +23,6 @@ from relayrl_model_registry.service import ModelRegistry
 from relayrl_model_registry.settings import ENVIRONMENT_PREFIX as REGISTRY_PREFIX
 from relayrl_model_registry.settings import ModelRegistrySettings
 from relayrl_shared import logs
-from relayrl_shared.errors import RelayRLError
 from relayrl_shared.registry_client import RegistryClient
 from relayrl_shared.settings import load_settings
 from relayrl_shared.store.interface import Run
@@ -57,6 +56,7 @@ class InProcessStack:
         self._stop_learners = threading.Event()
         self._threads: list[threading.Thread] = []
         self._learners: dict[str, threading.Thread] = {}
+        self._failures: dict[str, str] = {}  # of learners, by the run's name
         self._closing = ExitStack()
 
     def __enter__(self) -> Self:
@@ -76,6 +76,11 @@ class InProcessStack:
         for thread in self._threads:
             thread.join(JOIN_SECONDS)
         self._closing.close()
+
+    def trouble(self, run: str) -> str | None:
+        """Why the run's learner ended by a failure; None while it did not."""
+        failure = self._failures.get(run)
+        return None if failure is None else f"run {run} has failed: {failure}"
 
     def figures(self, run: str) -> RunFigures | None:
         """How the store sees a run; None while there is none of that name."""
@@ -136,10 +141,9 @@ class InProcessStack:
 
     def _learn(self, run: Run) -> None:
         directory = self._settings.run_directory(run.run_id)
-        learner = Learner(run, self._store, self._registry_client, directory)
         try:
-            learner.run(self._stop_learners)
-        except RelayRLError as error:
+            with closing(Learner(run, self._store, self._registry_client, directory)) as learner:
+                learner.run(self._stop_learners)
+        except Exception as error:  # a thread's end must be seen by the session that waits for it
             LOG.error("the learner failed", run=run.name, exc_info=error)
-        finally:
-            learner.close()
+            self._failures[run.name] = f"{type(error).__name__}: {error}"

@@ -6,9 +6,11 @@ and Ctrl-C is heard while acting waits for the learner.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from relayrl_cli.environments import make_environment
@@ -17,7 +19,7 @@ from relayrl_cli.plan import TrainingPlan
 from relayrl_cli.run_view import RunView
 from relayrl_cli.table import Progress, View
 from relayrl_client.environment_runner import EnvironmentRunner, EpisodeSummary
-from relayrl_shared.errors import PacingTimeout, RelayRLError
+from relayrl_shared.errors import EpisodeError, PacingTimeout, RelayRLError, RunFailed
 
 if TYPE_CHECKING:
     from relayrl_client.agent import Agent
@@ -41,6 +43,8 @@ class Outcome:
     policy_version: int
     undelivered: int | None
     """Trajectories that still wait in the spool; None where there is no spool."""
+    abandoned: bool = False
+    """Acting did not end in time: its open episodes were not recorded."""
 
 
 class TrainingSession:
@@ -50,12 +54,20 @@ class TrainingSession:
         plan: what to train and when to end.
         agent: built for it.
         servers: how the servers see the run.
+        trouble: why the services behind it cannot go on; None while they can.
     """
 
-    def __init__(self, plan: TrainingPlan, agent: Agent, servers: RunView) -> None:
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        agent: Agent,
+        servers: RunView,
+        trouble: Callable[[], str | None] = lambda: None,
+    ) -> None:
         self.plan = plan
         self._agent = agent
         self._servers = servers
+        self._trouble = trouble
         self._returns = ReturnsMeter()
         self._rate = RateMeter()
         self._runner: EnvironmentRunner | None = None
@@ -71,21 +83,47 @@ class TrainingSession:
         """Trains until the target return, the last step, or `stop`; then delivers what was recorded.
 
         Raises:
+            RunFailed: the run or its services failed for good, with the reason.
             RelayRLError: acting failed, or the servers refused; what was accepted is in the spool.
         """
         thread = threading.Thread(target=self._train, args=(stop, view), name="training", daemon=True)
         thread.start()
+        reason = None
         while thread.is_alive():
             thread.join(SHOW_SECONDS)
-            if stop.is_set():
-                self._finish.set()
-                thread.join(ABANDON_SECONDS if self._runner is None else FLUSH_SECONDS)
+            reason = self._why_failed()
+            if stop.is_set() or reason is not None:
+                self._end(thread)
                 break
             if self._runner is not None:
                 view.show(self.progress())
-        if self._failure is not None and not stop.is_set():
+        if not stop.is_set():
+            self._raise_failure(reason)
+        outcome = self._outcome or self._describe(interrupted=stop.is_set())
+        return replace(outcome, abandoned=thread.is_alive())
+
+    def _end(self, thread: threading.Thread) -> None:
+        """Ends acting, a wait for the learner too, and lets it deliver what was recorded."""
+        self._finish.set()
+        with contextlib.suppress(EpisodeError):  # it does not run (any more): nothing waits
+            self._agent.runtime.stopping.set()
+        thread.join(ABANDON_SECONDS if self._runner is None else 2 * FLUSH_SECONDS + ABANDON_SECONDS)
+
+    def _why_failed(self) -> str | None:
+        """Why there is nothing to wait for any more."""
+        figures = self._servers.figures
+        if figures is not None and figures.state == "failed":
+            return f"run {self.plan.run} has failed: {figures.state_reason or 'see the log of its learner'}"
+        return self._trouble()
+
+    def _raise_failure(self, reason: str | None) -> None:
+        if reason is None and isinstance(self._failure, RunFailed):
+            self._servers.refresh()  # it knows the reason, heartbeats do not
+            reason = self._why_failed()
+        if reason is not None:
+            raise RunFailed(reason) from self._failure
+        if self._failure is not None:
             raise self._failure
-        return self._outcome or self._describe(interrupted=stop.is_set())
 
     def progress(self) -> Progress:
         """Where the training stands now."""
@@ -130,7 +168,8 @@ class TrainingSession:
             try:
                 runner.run(steps=left, stop=self._finish, on_episode=self._note)
             except PacingTimeout as error:
-                view.say(f"still waiting: {error}")
+                if not self._finish.is_set():
+                    view.say(f"still waiting: {error}")
         self._seconds = self._elapsed()
         self._first_step_at = None
 

@@ -19,13 +19,18 @@ from relayrl_cli.run_view import RunView, ask_training_server
 from relayrl_cli.stack import Stack, StackPlan, plan_stack
 from relayrl_cli.table import View, open_view
 from relayrl_cli.train import Outcome, TrainingSession
+from relayrl_shared.errors import RelayRLError
 from relayrl_shared.lifecycle import StopSignal
 
 INTERRUPTED = 130
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0 when the environment was learned and the policy tested, 1 when not learned, 130 on Ctrl-C."""
+    """0 when the environment was learned and the policy tested, 1 when not learned, 130 on Ctrl-C.
+
+    Raises:
+        RelayRLError: a service or the run failed for good.
+    """
     preset = presets.load(arguments.preset)
     plan = plan_from_preset(preset, arguments.preset, steps=arguments.steps, seed=arguments.seed)
     directory = arguments.directory or Path("relayrl-demo") / time.strftime("%Y%m%d-%H%M%S")
@@ -50,7 +55,11 @@ def _demo(
         f"services ready after {time.monotonic() - began:.1f} s; "
         f"training {plan.algorithm} on {plan.environment} with {plan.actors} actors"
     )
-    outcome = _train(plan, services, stop, view)
+    try:
+        outcome = _train(plan, stack, stop, view)
+    except RelayRLError:
+        view.say(_kept(services, plan, None))
+        raise
     view.say(summary(plan, outcome))
     status = exit_status(plan, outcome)
     if status == INTERRUPTED or stop.stopping:
@@ -62,10 +71,15 @@ def _demo(
     return status
 
 
-def _train(plan: TrainingPlan, services: StackPlan, stop: StopSignal, view: View) -> Outcome:
+def _train(plan: TrainingPlan, stack: Stack, stop: StopSignal, view: View) -> Outcome:
+    services = stack.plan
+
+    def trouble() -> str | None:
+        return None if stack.healthy else f"a service does not start any more; see {services.directory}/logs"
+
     agent = build_training_agent(plan, services.addresses, services.directory)
     with RunView(partial(ask_training_server, services.addresses.training_http, plan.run)) as servers, view:
-        return TrainingSession(plan, agent, servers).run(stop.event, view)
+        return TrainingSession(plan, agent, servers, trouble).run(stop.event, view)
 
 
 def _evaluate(episodes: int, plan: TrainingPlan, services: StackPlan, view: View) -> None:

@@ -52,7 +52,8 @@ def _train_in_process(plan: TrainingPlan, directory: Path | None, stop: threadin
     agent = build_training_agent(plan, services.addresses, where)
     ask = partial(services.figures, plan.run)
     with services, RunView(ask) as servers, open_view(sys.stdout) as view:
-        return TrainingSession(plan, agent, servers).run(stop, view)
+        trouble = partial(services.trouble, plan.run)
+        return TrainingSession(plan, agent, servers, trouble).run(stop, view)
 
 
 def summary(plan: TrainingPlan, outcome: Outcome) -> str:
@@ -64,7 +65,9 @@ def summary(plan: TrainingPlan, outcome: Outcome) -> str:
         f"run {plan.run}: {outcome.steps:,} steps, {outcome.episodes:,} episodes in {outcome.seconds:.1f} s; "
         f"{mean}; policy version {outcome.policy_version if outcome.policy_version >= 0 else 'none yet'}"
     ]
-    if outcome.interrupted:
+    if outcome.abandoned:
+        lines.append("acting did not end in time: the episodes that were open are not recorded")
+    elif outcome.interrupted:
         lines.append("interrupted; what was recorded is kept")
     if outcome.undelivered:
         lines.append(f"{outcome.undelivered} trajectories wait in the spool and are sent at the next start")

@@ -42,6 +42,14 @@ def test_an_interrupted_start_has_no_figures_to_invent() -> None:
     assert "interrupted; what was recorded is kept" in text
 
 
+def test_acting_that_did_not_end_is_not_called_kept() -> None:
+    """What nobody recorded is not claimed."""
+    text = summary(PLAN, outcome(interrupted=True, abandoned=True))
+
+    assert "kept" not in text
+    assert "did not end in time" in text
+
+
 def test_what_was_not_delivered_is_said() -> None:
     """With what becomes of it."""
     assert "3 trajectories wait in the spool and are sent at the next start" in summary(
