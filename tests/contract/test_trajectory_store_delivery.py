@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import msgspec
 import pytest
 from sqlalchemy import delete
 
 from relayrl_shared.errors import StoreError
-from relayrl_shared.messages import SpoolReport
+from relayrl_shared.messages import PutTrajectory, SpoolReport
 from relayrl_shared.store import tables
 from relayrl_shared.store.interface import Quarantined, TrajectoryStore
 from relayrl_shared.store.quarantine import QuarantineLimits
@@ -164,7 +165,8 @@ class TestConflicts:
         assert (result.outcome, result.position) == ("conflict", None)
         assert says in result.detail
         (row,) = store.quarantined(RUN_ID)
-        assert (row.reason, row.detail, row.payload) == ("conflict", result.detail, second.body)
+        assert (row.reason, row.detail) == ("conflict", result.detail)
+        assert msgspec.msgpack.decode(row.payload or b"") == [second.body, second.final_observation or b""]
         assert row.trajectory_id == second.metadata.trajectory_id
         (kept,) = store.read(RUN_ID, 0, 10)
         assert kept.body == first.body
@@ -206,7 +208,9 @@ class TestConflicts:
         results = store.commit([make_trajectory(1), odd, make_trajectory(3)])
         assert [result.outcome for result in results] == ["stored", "conflict", "stored"]
         (row,) = store.quarantined()
-        assert (row.reason, row.payload) == ("unstorable", odd.body)
+        assert row.reason == "unstorable"
+        assert msgspec.msgpack.decode(row.payload or b"") == [odd.body, odd.final_observation or b""]
+        assert msgspec.msgpack.decode(row.header, type=PutTrajectory).trajectory == odd.metadata
 
     def test_an_impossible_sequence_is_quarantined(self, store: TrajectoryStore) -> None:
         """Sequences start at 1 and fit 63 bits."""
@@ -261,10 +265,22 @@ class TestQuarantine:
     def test_beyond_the_bytes_payloads_are_dropped(self, open_stores: OpenStore) -> None:
         """At the limit of bytes a payload that does not fit goes, a smaller one fits; runs are apart."""
         store = open_stores(writer_of="ingest", limits=QuarantineLimits(rows=100, payload_bytes=10))
-        store.quarantine([invalid(1, b"12345678"), invalid(2, b"123"), invalid(3, b"12")])
-        store.quarantine([invalid(1, b"123", run_id="run-2")])
+        store.quarantine([invalid(i, b"12345678"[:n], header=b"") for i, n in ((1, 8), (2, 3), (3, 2))])
+        store.quarantine([invalid(1, b"123", run_id="run-2", header=b"")])
         assert [row.payload for row in store.quarantined(RUN_ID)] == [b"12", None, b"12345678"]
         assert store.quarantined("run-2")[0].payload == b"123"
+
+    def test_headers_count_and_are_cut(self, open_stores: OpenStore) -> None:
+        """A header takes its part of the bytes; a long one is cut, and shorter beyond the limits."""
+        limits = QuarantineLimits(rows=100, payload_bytes=70_000)
+        store = open_stores(writer_of="ingest", limits=limits)
+        long = bytes(1 << 20)
+        store.quarantine([invalid(1, b"p", header=long), invalid(2, bytes(5000)), invalid(3, header=long)])
+        third, second, first = store.quarantined(RUN_ID)
+        assert (len(first.header), first.payload) == (64 << 10, b"p")
+        assert first.detail.endswith("(header cut from 1048576 to 65536 bytes)")
+        assert (second.header, second.payload) == (b"header", None)
+        assert (len(third.header), third.payload) == (4 << 10, None)
 
     def test_a_dropped_payload_sent_again_adds_no_row(self, open_stores: OpenStore) -> None:
         """The digest of a dropped payload still recognises it."""

@@ -73,6 +73,10 @@ class Catalog:
                 self._runs.put(run_id, run)
         return run
 
+    def learner_update(self, run_id: str) -> int:
+        """Finished updates of the run, as the store has them now. Raises StoreUnavailable."""
+        return self._store.learner_update(run_id)
+
     def _missed_lately(self, run_id: str) -> bool:
         missed_at = self._missed.get(run_id)
         return missed_at is not None and time.monotonic() - missed_at < MISS_SECONDS

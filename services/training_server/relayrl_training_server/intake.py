@@ -6,7 +6,9 @@ is committed; what fails validation is in quarantine, durably, before its termin
 
 from __future__ import annotations
 
-import msgspec
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from blake3 import blake3
 
 from relayrl_shared import frames, logs, messages, telemetry
@@ -24,13 +26,14 @@ from relayrl_shared.errors import (
 from relayrl_shared.messages import Ack, AnyMessage, Nack, PutTrajectory
 from relayrl_shared.sockets import Incoming, Rejected, RouterServer
 from relayrl_shared.store.interface import CommitResult, IncomingTrajectory, Quarantined, Run, TrajectoryStore
+from relayrl_shared.store.storable import as_quarantined
 from relayrl_shared.trajectory import Columns, Trajectory, TrajectoryMetadata
 from relayrl_shared.validation import validate_schema, validate_trajectory
 from relayrl_training_server.catalog import Catalog, KnownSchema
 from relayrl_training_server.committer import Committer
 from relayrl_training_server.garbage import GarbageKeeper
 from relayrl_training_server.ingest_metrics import IngestMetrics
-from relayrl_training_server.metadata import can_be_named, check_metadata, check_policy
+from relayrl_training_server.metadata import can_be_named, check_metadata, check_policy, check_rollout
 from relayrl_training_server.settings import IngestSettings
 
 LOG = logs.get_logger(__name__)
@@ -137,17 +140,28 @@ class TrajectoryIntake:
         return _incoming(metadata, columns, body, final)
 
     def _look_up(self, metadata: TrajectoryMetadata) -> tuple[Run, KnownSchema]:
-        try:
-            run = self._catalog.run(metadata.run_id)
-            known = self._catalog.schema(metadata.schema_digest)
-        except StoreUnavailable as error:
-            self._committer.report(error)
-            raise Refusal(error.code, str(error), self._settings.retry_after_seconds) from error
+        run = self._find_run(metadata.run_id)
         if run is None:
             raise InvalidTrajectory(f"there is no run with the id {metadata.run_id}", "unknown_run")
+        with self._store_at_hand():
+            check_rollout(metadata, run, self._catalog.learner_update)
+            known = self._catalog.schema(metadata.schema_digest)
         if known is None:
             raise Refusal("unknown_schema", f"send the schema {metadata.schema_digest} and resend", 0.0)
         return run, known
+
+    def _find_run(self, run_id: str) -> Run | None:
+        with self._store_at_hand():
+            return self._catalog.run(run_id)
+
+    @contextmanager
+    def _store_at_hand(self) -> Iterator[None]:
+        """Turns a store that is away into a refusal for now."""
+        try:
+            yield
+        except StoreUnavailable as error:
+            self._committer.report(error)
+            raise Refusal(error.code, str(error), self._settings.retry_after_seconds) from error
 
     # ---- answers ------------------------------------------------------------------------------------------
 
@@ -218,11 +232,30 @@ class TrajectoryIntake:
             delay = self._settings.retry_after_seconds
             self._refuse(incoming, metadata, Refusal("internal", "see the server's log", delay))
         else:
-            self._quarantine(incoming, incoming.message, InvalidTrajectory(str(error), "store_refused"))
+            row = as_quarantined(incoming.message, incoming.payload, "store_refused", str(error))
+            self._submit(incoming, metadata, row, sum(map(len, incoming.payload)))
 
     def _quarantine(self, incoming: Incoming, message: PutTrajectory, error: InvalidTrajectory) -> None:
-        row = quarantine_row(message, incoming.payload, error.reason, str(error))
-        self._submit(incoming, message.trajectory, row, sum(map(len, incoming.payload)))
+        """Queues the row of a trajectory that is invalid for good; refused for now without a store."""
+        self._keep(incoming, message, incoming.payload, error.reason, str(error))
+
+    def _keep(
+        self,
+        incoming: Incoming,
+        message: PutTrajectory,
+        frames: list[memoryview] | None,
+        reason: str,
+        detail: str,
+    ) -> None:
+        """In the socket's thread: names run, spool and sequence only where the run is known to exist."""
+        metadata = message.trajectory
+        try:
+            named = can_be_named(metadata) and self._find_run(metadata.run_id) is not None
+        except Refusal as refusal:
+            self._refuse(incoming, metadata, refusal)
+            return
+        row = as_quarantined(message, frames, reason, detail, named=named)
+        self._submit(incoming, metadata, row, len(row.header) + len(row.payload or b""))
 
     def _terminal(self, incoming: Incoming, metadata: TrajectoryMetadata, reason: str, detail: str) -> None:
         self._metrics.trajectories.labels("quarantined").inc()
@@ -246,8 +279,7 @@ class TrajectoryIntake:
         if message is None:
             return self._garbage.on_rejected(rejected)
         incoming = Incoming(rejected.peer, message, [], 0.0)
-        row = quarantine_row(message, None, rejected.error.code, str(rejected.error))
-        self._submit(incoming, message.trajectory, row, 0)
+        self._keep(incoming, message, None, rejected.error.code, str(rejected.error))
         return True
 
 
@@ -262,28 +294,6 @@ def _incoming(
         final_observation=final,
         policy_version_range=(int(versions.min()), int(versions.max())) if versions.size else None,
         learner_update_range=(int(updates.min()), int(updates.max())),
-    )
-
-
-def quarantine_row(
-    message: PutTrajectory, payload: list[memoryview] | None, reason: str, detail: str
-) -> Quarantined:
-    """The row of a trajectory that cannot be accepted, whole: header, and both frames as a msgpack array.
-
-    A trajectory of an unknown run belongs to none: its sequences are nobody's to settle. `payload` None: the
-    frames were too large to keep.
-    """
-    metadata = message.trajectory
-    named = reason != "unknown_run" and can_be_named(metadata)
-    return Quarantined(
-        reason=reason,
-        detail=detail,
-        header=msgspec.msgpack.encode(message),
-        payload=None if payload is None else msgspec.msgpack.encode(payload),
-        run_id=metadata.run_id if named else None,
-        spool_id=metadata.spool_id if named else None,
-        sequence=metadata.sequence if named else None,
-        trajectory_id=metadata.trajectory_id if named else None,
     )
 
 

@@ -7,6 +7,7 @@ any store, and that the metadata does not contradict itself.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from relayrl_shared.errors import ContractError, InvalidTrajectory
 from relayrl_shared.store.interface import Run
@@ -14,6 +15,7 @@ from relayrl_shared.trajectory import TrajectoryMetadata
 
 MAX_ID_CHARACTERS = 256
 MAX_TRACEPARENT_CHARACTERS = 128
+MAX_ROLLOUTS_AHEAD = 1_000_000
 
 _IDS = (
     "trajectory_id",
@@ -86,6 +88,26 @@ def check_policy(metadata: TrajectoryMetadata, run: Run) -> None:
     """
     belongs = metadata.policy == run.name or metadata.policy.startswith(f"{run.name}/")
     _require(belongs, "policy", f"{metadata.policy!r} is none of run {run.name!r}")
+
+
+def check_rollout(metadata: TrajectoryMetadata, run: Run, learner_update: Callable[[str], int]) -> None:
+    """Checks that a rollout is one that a paced client may have reached: a pool waits for its turn.
+
+    Under free pacing the number is bookkeeping, and clients may be ahead of a learner that is away.
+
+    Args:
+        metadata: of the trajectory.
+        run: its run.
+        learner_update: finished updates of a run; asked only above `MAX_ROLLOUTS_AHEAD`.
+
+    Raises:
+        InvalidTrajectory: (reason `metadata`).
+    """
+    ahead = metadata.rollout_index - MAX_ROLLOUTS_AHEAD
+    if ahead <= 0 or run.pacing == "free":
+        return
+    update = learner_update(run.run_id)
+    _require(ahead <= update, "rollout_index", f"{metadata.rollout_index} is far beyond update {update}")
 
 
 def can_be_named(metadata: TrajectoryMetadata) -> bool:

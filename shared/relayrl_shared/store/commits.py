@@ -278,7 +278,7 @@ def _quarantine_conflicts(
     now: float,
 ) -> None:
     rows = [
-        storable.as_quarantined(item, "conflict", result.detail)
+        storable.conflict(item, "conflict", result.detail)
         for item, result in zip(batch, results, strict=True)
         if result.outcome == "conflict"
     ]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import blake3
+import msgspec
 from sqlalchemy import Connection, RowMapping, and_, select
 
 from relayrl_shared.store import spools, tables
@@ -15,10 +16,22 @@ from relayrl_shared.store.interface import Quarantined
 
 @dataclass(frozen=True, slots=True)
 class QuarantineLimits:
-    """What a run may keep. Beyond either, rows keep header, reason and digest, and lose their payload."""
+    """What a run may keep, headers and payloads together in bytes.
+
+    Beyond either limit, rows keep a short header, reason and digest, and lose their payload.
+    """
 
     rows: int = 10_000
     payload_bytes: int = 256 << 20
+
+
+MAX_HEADER_BYTES = 64 << 10
+"""Of a header; what is cut is no msgpack any more, and the detail says so."""
+
+MAX_HEADER_BYTES_BEYOND = 4 << 10
+"""Of a header beyond the limits; one that is valid fits."""
+
+MAX_DETAIL_CHARACTERS = 4096
 
 
 def put(connection: Connection, rows: Sequence[Quarantined], limits: QuarantineLimits, now: float) -> None:
@@ -80,14 +93,27 @@ def _put_of_run(
     count, size, dropped = int(totals["rows"]), int(totals["payload_bytes"]), int(totals["payloads_dropped"])
     new: list[Row] = []
     for row, digest in rows:
-        payload = row.payload
-        if payload is not None and (count >= limits.rows or size + len(payload) > limits.payload_bytes):
-            payload, dropped = None, dropped + 1
-        count, size = count + 1, size + len(payload or b"")
-        new.append(_row(row, run_id, digest, payload, now))
+        kept = _cut(row, MAX_HEADER_BYTES)
+        if count >= limits.rows or size + _size(kept) > limits.payload_bytes:
+            dropped += kept.payload is not None
+            kept = _cut(msgspec.structs.replace(row, payload=None), MAX_HEADER_BYTES_BEYOND)
+        count, size = count + 1, size + _size(kept)
+        new.append(_row(kept, run_id, digest, now))
     connection.execute(insert(connection, tables.quarantine), [dict(row) for row in new])
     values = {"rows": count, "payload_bytes": size, "payloads_dropped": dropped}
     upsert(connection, tables.quarantine_totals, {"run_id": run_id, **values})
+
+
+def _size(row: Quarantined) -> int:
+    return len(row.header) + len(row.payload or b"")
+
+
+def _cut(row: Quarantined, header_bytes: int) -> Quarantined:
+    """The row with a bounded header and detail."""
+    detail = row.detail[:MAX_DETAIL_CHARACTERS]
+    if len(row.header) > header_bytes:
+        detail += f" (header cut from {len(row.header)} to {header_bytes} bytes)"
+    return msgspec.structs.replace(row, header=row.header[:header_bytes], detail=detail)
 
 
 def _lock_totals(connection: Connection, run_id: str) -> RowMapping:
@@ -98,7 +124,7 @@ def _lock_totals(connection: Connection, run_id: str) -> RowMapping:
     return connection.execute(query).mappings().one()
 
 
-def _row(row: Quarantined, run_id: str, digest: str, payload: bytes | None, now: float) -> Row:
+def _row(row: Quarantined, run_id: str, digest: str, now: float) -> Row:
     return {
         "run_id": run_id,
         "spool_id": row.spool_id,
@@ -108,7 +134,7 @@ def _row(row: Quarantined, run_id: str, digest: str, payload: bytes | None, now:
         "detail": row.detail,
         "digest": digest,
         "header": row.header,
-        "payload": payload,
+        "payload": row.payload,
         "received_at": row.received_at or now,
     }
 

@@ -185,7 +185,7 @@ class SqlStore(ABC):
         results = iter(self._commit(good) if good else [])
         self.quarantine(
             [
-                storable.as_quarantined(item, "unstorable", problem)
+                storable.conflict(item, "unstorable", problem)
                 for item, problem in zip(batch, problems, strict=True)
                 if problem is not None
             ]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
+from relayrl_shared.messages import PutTrajectory
 from relayrl_shared.store.interface import IncomingTrajectory, Quarantined
 from relayrl_shared.trajectory import TrajectoryMetadata
 
@@ -30,18 +33,41 @@ def problem(metadata: TrajectoryMetadata) -> str | None:
     return None
 
 
-def as_quarantined(item: IncomingTrajectory, reason: str, detail: str) -> Quarantined:
-    """The row of quarantine of a trajectory, whole."""
+def as_quarantined(
+    message: PutTrajectory,
+    frames: Sequence[bytes | memoryview] | None,
+    reason: str,
+    detail: str,
+    *,
+    named: bool = True,
+) -> Quarantined:
+    """The row of quarantine of a trajectory, whole: its message, and its frames as a msgpack array.
+
+    Args:
+        message: the header, as it came.
+        frames: body and final observation; None: too large to keep.
+        reason: a slug.
+        detail: for people.
+        named: whether the row names run, spool, sequence and id; not where the run is not known, whose
+            sequences are nobody's to settle.
+    """
+    metadata = message.trajectory
     return Quarantined(
         reason=reason,
         detail=detail,
-        header=msgspec.msgpack.encode(item.metadata),
-        payload=item.body + (item.final_observation or b""),
-        run_id=item.metadata.run_id,
-        spool_id=item.metadata.spool_id,
-        sequence=item.metadata.sequence,
-        trajectory_id=item.metadata.trajectory_id,
+        header=msgspec.msgpack.encode(message),
+        payload=None if frames is None else msgspec.msgpack.encode(frames),
+        run_id=metadata.run_id if named else None,
+        spool_id=metadata.spool_id if named else None,
+        sequence=metadata.sequence if named else None,
+        trajectory_id=metadata.trajectory_id if named else None,
     )
+
+
+def conflict(item: IncomingTrajectory, reason: str, detail: str) -> Quarantined:
+    """The row of quarantine of a trajectory that was valid and cannot be stored."""
+    frames = (item.body, item.final_observation or b"")
+    return as_quarantined(PutTrajectory(trajectory=item.metadata), frames, reason, detail)
 
 
 def clean(row: Quarantined) -> Quarantined:

@@ -255,6 +255,42 @@ def test_what_metadata_may_not_say_is_refused_for_good(
     assert isinstance(client.put(2), Ack)
 
 
+@pytest.mark.parametrize("fault", ["metadata", "message_too_large"])
+def test_a_run_that_does_not_exist_gets_no_rows_by_its_name(
+    fault: str, start_ingest: Callable[..., Any]
+) -> None:
+    """What strangers call a run is in the header alone: no spool, no totals, no sequence is kept for it."""
+    served = start_ingest(training_server_config__ingest__limits__max_message_bytes="100000")
+    client = served.client()
+    changes = {"steps": 0} if fault == "metadata" else {}
+    message, payload = client.make(1, run_id="nobody")
+    changed = msgspec.structs.replace(message.trajectory, **changes)
+    frames = payload if fault == "metadata" else [bytes(150_000), b""]
+
+    reply = client.send(msgspec.structs.replace(message, trajectory=changed), frames)
+
+    [row] = served.store.quarantined()
+    assert nack_of(reply) == (fault, False)
+    assert (row.run_id, row.spool_id, row.sequence, row.trajectory_id) == (None, None, None, None)
+    assert served.store.audit("nobody").accepted == 0
+    assert served.store.counts("nobody")["quarantined"] == 0
+
+
+def test_a_far_future_rollout_is_refused_where_a_pool_would_wait_for_it(served: Any) -> None:
+    """Under block a rollout that no learner reaches goes to quarantine; under free it is bookkeeping."""
+    replies = {}
+    for pacing in ("block", "free"):
+        client = served.client()
+        client.hello(name=pacing, pacing=pacing)
+        client.put_schema()
+        message, payload = client.make(1, policy=pacing)
+        changed = msgspec.structs.replace(message.trajectory, rollout_index=1_000_001)
+        replies[pacing] = client.send(msgspec.structs.replace(message, trajectory=changed), payload)
+
+    assert nack_of(replies["block"]) == ("metadata", False)
+    assert isinstance(replies["free"], Ack)
+
+
 def test_an_unknown_schema_is_asked_for(served: Any) -> None:
     """The first trajectory of a schema is refused for now; it is stored once the schema has come."""
     client = served.client()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import msgspec
@@ -12,7 +13,14 @@ from hypothesis import strategies as st
 from relayrl_shared.errors import ContractError, InvalidTrajectory
 from relayrl_shared.testing.store import make_run
 from relayrl_shared.testing.trajectories import make_metadata
-from relayrl_training_server.metadata import can_be_named, check_id, check_metadata, check_policy
+from relayrl_training_server.metadata import (
+    MAX_ROLLOUTS_AHEAD,
+    can_be_named,
+    check_id,
+    check_metadata,
+    check_policy,
+    check_rollout,
+)
 
 GOOD: dict[str, Any] = {"schema_digest": "s", "body_digest": "b"}
 
@@ -101,3 +109,13 @@ def test_an_id_is_short_not_empty_and_without_nul(text: str) -> None:
 def test_quarantine_rows_carry_only_ids_that_can_be_columns(changes: dict[str, Any], named: bool) -> None:
     """Ids that a database cannot keep stay in the header alone."""
     assert can_be_named(make_metadata(3, **changes)) is named
+
+
+@pytest.mark.parametrize(("ahead", "fits"), [(0, True), (1, False)])
+def test_a_rollout_is_at_most_a_million_beyond_the_learner(ahead: int, fits: bool) -> None:
+    """The bound moves with the learner's updates."""
+    run = make_run(pacing="block")
+    metadata = msgspec.structs.replace(make_metadata(3), rollout_index=MAX_ROLLOUTS_AHEAD + 7 + ahead)
+
+    with nullcontext() if fits else pytest.raises(InvalidTrajectory, match="far beyond update 7"):
+        check_rollout(metadata, run, lambda run_id: 7)
