@@ -6,6 +6,8 @@ BLAKE3 digest of the rest, and msgpack with the tensors as safetensors in it: no
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ _MAGIC = b"RELAYRLC"
 _DIGEST_BYTES = 32
 _NAME = re.compile(r"checkpoint-(\d{12})\.relayrl")
 _FENCE = "fence"
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 LOG = logs.get_logger(__name__)
 
@@ -135,7 +138,8 @@ class CheckpointDirectory:
 
         Raises:
             LeaseLost: a learner with a newer token was here.
-            StorageFull: the disk is full; the checkpoints before are whole.
+            StorageFull: disk, quota or limit of file sizes is reached; the checkpoints before are whole.
+            OSError: the disk refuses for another reason.
         """
         self._check_fence(checkpoint.fencing_token)
         path = self._write(
@@ -148,18 +152,16 @@ class CheckpointDirectory:
     def newest(self, run_id: str) -> tuple[Checkpoint, bool] | None:
         """The newest checkpoint that can be used, and whether it is the newest there is; None without any.
 
-        One that cannot be used is logged, renamed to `.damaged` and passed over.
+        One that is damaged or cannot be read is logged, renamed to `.damaged` and passed over.
 
         Raises:
             CheckpointError: a checkpoint of another run lies here.
         """
-        is_newest = True
-        for path in reversed(self._paths()):
-            try:
-                checkpoint = decode_checkpoint(path.read_bytes())
-            except CheckpointError as error:
-                LOG.error("checkpoint damaged, the one before it is taken", path=str(path), reason=str(error))
-                path.rename(path.with_suffix(".damaged"))
+        paths = self._paths()
+        is_newest = not paths or all(damaged.stem <= paths[-1].stem for damaged in self._damaged())
+        for path in reversed(paths):
+            checkpoint = _read(path)
+            if checkpoint is None:
                 is_newest = False
                 continue
             if checkpoint.run_id != run_id:
@@ -184,6 +186,10 @@ class CheckpointDirectory:
         """The checkpoint files, oldest first."""
         return sorted(path for path in self.directory.iterdir() if _NAME.fullmatch(path.name))
 
+    def _damaged(self) -> list[Path]:
+        """What an earlier start passed over."""
+        return [path for path in self.directory.iterdir() if path.suffix == ".damaged"]
+
     def _check_fence(self, token: int) -> None:
         path = self.directory / _FENCE
         if path.is_file() and int(path.read_text()) > token:
@@ -201,11 +207,27 @@ class CheckpointDirectory:
             temporary.rename(path)
             sync_directory(self.directory)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            if error.errno not in _FULL:
+                raise
             raise StorageFull(
                 f"{path}: {error.strerror or error}; make space, then it is tried again"
             ) from error
         return path
+
+
+def _read(path: Path) -> Checkpoint | None:
+    """The checkpoint of a file; None, and the file out of the way, where there is no use in it."""
+    try:
+        return decode_checkpoint(path.read_bytes())
+    except (CheckpointError, OSError) as error:
+        LOG.error("checkpoint not usable, the one before it is taken", path=str(path), reason=str(error))
+    try:
+        path.rename(path.with_suffix(".damaged"))
+    except OSError as error:
+        LOG.error("the checkpoint cannot be put aside either", path=str(path), reason=str(error))
+    return None
 
 
 def sync_directory(directory: Path) -> None:

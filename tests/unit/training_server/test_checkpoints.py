@@ -104,7 +104,7 @@ def test_a_damaged_newest_gives_way_to_the_one_before(tmp_path: Path, damage: by
 
     assert directory.newest("run") == (make(1), False)
     assert [p.name for p in tmp_path.glob("*.damaged")] == ["checkpoint-000000000002.damaged"]
-    assert directory.newest("run") == (make(1), True)
+    assert directory.newest("run") == (make(1), False)  # the start after that one may have died in between
 
 
 def test_an_empty_directory_has_none(tmp_path: Path) -> None:
@@ -159,6 +159,27 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(tmp_path: Path) -> None:
     assert raised.value.retryable
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000000000001.relayrl"]
     assert directory.newest("run") == (make(1), True)
+
+
+def test_a_disk_that_refuses_for_another_reason_is_not_called_full(tmp_path: Path) -> None:
+    """Making space would not help: the error says what the disk said."""
+    directory = CheckpointDirectory(tmp_path, retention=2)
+    (tmp_path / "checkpoint-000000000001.relayrl").mkdir()
+
+    with pytest.raises(IsADirectoryError):
+        directory.save(make(1))
+
+    assert list(tmp_path.glob(".*.tmp")) == []
+
+
+def test_a_newest_that_cannot_be_read_gives_way_to_the_one_before(tmp_path: Path) -> None:
+    """An error of the disk is as good as damage: it is set aside, and the caller is told."""
+    directory = CheckpointDirectory(tmp_path, retention=3)
+    directory.save(make(1))
+    (tmp_path / "checkpoint-000000000002.relayrl").mkdir()
+
+    assert directory.newest("run") == (make(1), False)
+    assert [p.name for p in tmp_path.glob("*.damaged")] == ["checkpoint-000000000002.damaged"]
 
 
 def test_graphs_are_kept_by_digest(tmp_path: Path) -> None:
