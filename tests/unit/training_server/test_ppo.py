@@ -267,6 +267,40 @@ def test_normalised_returns_keep_raw_values() -> None:
     assert values[1] > 50 * values[0]
 
 
+def test_values_are_learned_in_units_of_the_returns() -> None:
+    """With returns around 500 and a deviation of 100 the policy's value comes near 500, in raw units."""
+    changes = {
+        "normalize_returns": True,
+        "train_vf_iters": 40,
+        "train_pi_iters": 1,
+        "vf_lr": 0.02,
+        "gamma": 0.0,
+    }
+    algorithm = make({**changes, "minibatch": None, "max_grad_norm": None})
+    data = batch()
+    data.reward[:] = 500.0 + 100.0 * np.sign(np.arange(18) % 2 - 0.5)
+    for _ in range(6):
+        algorithm.update(data)
+    with torch.no_grad():
+        values = algorithm.module.value(to_tensors(data.observation))
+
+    assert algorithm.value_scale == pytest.approx(100.0, rel=1e-3)
+    assert abs(float(values.mean()) - 500.0) < 50.0
+
+
+def test_steps_without_a_log_prob_stay_out_of_the_policy_loss() -> None:
+    """Imported data may lack behaviour_log_prob; no ratio can be made of it (contracts B2)."""
+    known = np.array([True, False] * 3 + [True])
+    results = []
+    for action in (0, 1):
+        actions = np.where(known, np.arange(7) % 2, action)
+        algorithm = make({"ent_coef": 0.0})
+        algorithm.update(batch(columns={"behaviour_log_prob_valid": known, "action": {"action": actions}}))
+        results.append(weights(algorithm))
+
+    assert same(*results)
+
+
 def test_a_lag_above_one_takes_vtrace() -> None:
     """Behaviour far from the policy truncates the traces; at lag 1 it does not (contracts F4)."""
     far = np.full(7, 3.0, dtype=np.float32)  # the behaviour was e³ times likelier than it can be
