@@ -17,7 +17,7 @@ import msgspec
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from relayrl_shared import frames
+from relayrl_shared import frames, telemetry
 from relayrl_shared._zmq import DEFAULT_MAX_MESSAGE_BYTES, Context, Socket, Wake, set_common_options
 from relayrl_shared.errors import (
     FrameError,
@@ -184,7 +184,9 @@ class Peer:
             PeerLost: the peer is closed; likewise.
         """
         request_id = next(self._ids)
-        encoded = frames.encode(msgspec.structs.replace(message, request_id=request_id), payload)
+        traceparent = message.traceparent or telemetry.inject()
+        numbered = msgspec.structs.replace(message, request_id=request_id, traceparent=traceparent)
+        encoded = frames.encode(numbered, payload)
         size = sum(map(len, encoded))
         if size > self._max_message_bytes:
             raise MessageTooLarge(f"a message of {size} bytes; the limit is {self._max_message_bytes}")

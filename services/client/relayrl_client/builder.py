@@ -8,12 +8,13 @@
         algorithm="PPO",
     ).build()
 
-Precedence: options > `config_path` > defaults. A combination that makes no sense is refused by `build`, with
-the reason.
+Precedence: options > environment (`RELAYRL_CLIENT__…`) > `config_path` > defaults. A combination that makes no
+sense is refused by `build`, with the reason.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -123,19 +124,21 @@ class AgentBuilder:
             SpecMismatch: a space cannot be recorded.
         """
         options = self._options
-        settings = _settings(options)
+        settings = _settings(options, os.environ)
         plan = _plan(options, settings)
         return Agent(plan, _delivery_opener(settings.client_config, plan, options.on_accepted))
 
 
-def _settings(options: AgentOptions) -> ClientSettings:
-    """The configuration file under the options."""
+def _settings(options: AgentOptions, environment: Mapping[str, str]) -> ClientSettings:
+    """The configuration file under the environment under the options."""
     settings = options.settings
     if settings is None:
         file = None if options.config_path is None else Path(options.config_path)
         if file is None and Path(DEFAULT_CONFIG_PATH).is_file():
             file = Path(DEFAULT_CONFIG_PATH)
-        settings = load_settings(ClientSettings, environment_prefix=ENVIRONMENT_PREFIX, file=file)
+        settings = load_settings(
+            ClientSettings, environment_prefix=ENVIRONMENT_PREFIX, file=file, environment=environment
+        )
     tree = msgspec.to_builtins(settings)
     for path, name in _PATHS.items():
         value = getattr(options, name)
@@ -217,6 +220,8 @@ def _plan(options: AgentOptions, settings: ClientSettings) -> Plan:
         default_model=model,
         policy=options.policy,
         policy_poll_seconds=section.policy_poll_seconds,
+        http=section.http,
+        telemetry=section.telemetry,
     )
 
 

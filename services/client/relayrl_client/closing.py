@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from relayrl_client.actors import ROOM, ActorDetails, ActorTable
 from relayrl_client.segments import ClosedSegment
 from relayrl_client.storage import StepStorage
+from relayrl_shared import telemetry
 from relayrl_shared.identifiers import uuid7
 from relayrl_shared.trajectory import Columns, FinalObservation, TrajectoryMetadata
+
+TRACER = telemetry.tracer(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +59,14 @@ def close_segments(
         return []
     columns = storage.gather([(due.detail.pages, due.steps) for due in closing])
     closed = []
-    for due, part in zip(closing, columns, strict=True):
-        due.detail.rollout_segments += 1
-        closed.append(ClosedSegment(_metadata(due, part, table, identity, now), part, due.final))
-        release(due.row, due.detail, table, storage)
-        due.detail.segment_index += 1
+    with TRACER.span("client.close_segments", segments=len(closing)):
+        traceparent = telemetry.inject()
+        for due, part in zip(closing, columns, strict=True):
+            due.detail.rollout_segments += 1
+            metadata = _metadata(due, part, table, identity, now, traceparent)
+            closed.append(ClosedSegment(metadata, part, due.final))
+            release(due.row, due.detail, table, storage)
+            due.detail.segment_index += 1
     return closed
 
 
@@ -72,7 +78,12 @@ def release(row: int, detail: ActorDetails, table: ActorTable, storage: StepStor
 
 
 def _metadata(
-    due: Closing, columns: Columns, table: ActorTable, identity: RecordIdentity, now: float
+    due: Closing,
+    columns: Columns,
+    table: ActorTable,
+    identity: RecordIdentity,
+    now: float,
+    traceparent: str | None,
 ) -> TrajectoryMetadata:
     detail = due.detail
     return TrajectoryMetadata(
@@ -104,4 +115,5 @@ def _metadata(
         seed=detail.seed,
         schema_digest=identity.schema_digest,
         body_digest="",
+        traceparent=traceparent,
     )

@@ -8,21 +8,33 @@ where it likes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from relayrl_client.agent import Agent
 from relayrl_client.delivery import RoutedDelivery
 from relayrl_client.runtime import Runtime
 
 PREFIX = "relayrl_client"
 
 
+class HasRuntime(Protocol):
+    """An `Agent`, or what stands for its running parts."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there is a runtime now."""
+
+    @property
+    def runtime(self) -> Runtime:
+        """The running parts."""
+
+
 class ClientMetrics(Collector):
     """Reads an agent's counters; empty while it does not run."""
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, agent: HasRuntime) -> None:
         self._agent = agent
 
     def describe(self) -> Iterator[Metric]:

@@ -7,6 +7,7 @@ holds the parts that live from `start` to `shutdown`.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from relayrl_client.settings import (
     TransportSection,
 )
 from relayrl_client.storage import StepLayout, StepStorage
+from relayrl_shared import telemetry
 from relayrl_shared.arrow_codec import schema_digest
 from relayrl_shared.errors import PeerTimeout, from_code
 from relayrl_shared.identifiers import new_id
@@ -38,7 +40,10 @@ from relayrl_shared.messages import ActorInfo, Limits, Pacing, RunRequest, Spool
 from relayrl_shared.noise import NoiseSource
 from relayrl_shared.policy.manifest import PolicyArtefact
 from relayrl_shared.registry_client import PolicyWatcher, RegistryClient
+from relayrl_shared.settings import HttpSettings, TelemetrySettings
 from relayrl_shared.trajectory import RecordSchema
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,8 @@ class Plan:
     default_model: PolicyArtefact | None = None
     policy: str | None = None
     policy_poll_seconds: float = 1.0
+    http: HttpSettings = field(default_factory=lambda: HttpSettings(enabled=False))
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
 
     @property
     def is_online(self) -> bool:
@@ -158,6 +165,8 @@ class Runtime:
     slot: PolicySlot | None = None
     session: Session | None = None
     watcher: PolicyWatcher | None = None
+    http_port: int | None = None
+    """Where the control plane answers; None where it is off."""
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
@@ -233,6 +242,7 @@ def open_runtime(
         RelayRLError: the run, the policy or the spool refuses.
     """
     with contextlib.ExitStack() as closing:
+        closing.callback(_open_tracing(plan.telemetry).close)
         deadline = time.monotonic() + plan.timeouts.start_seconds
         session: Session | None = None
         if plan.is_online:
@@ -246,8 +256,23 @@ def open_runtime(
         _follow_policy(runtime, deadline, closing)
         if plan.limits.actor_idle_seconds is not None:
             closing.callback(IdleWatch(runtime.coordinator, plan.limits.actor_idle_seconds).close)
+        if plan.http.enabled:
+            from relayrl_client.control import serve_control  # a web server is loaded where it is asked for
+
+            runtime.http_port = closing.enter_context(serve_control(runtime, plan.http)).port
         runtime.closing = closing.pop_all()
         return runtime
+
+
+def _open_tracing(settings: TelemetrySettings) -> telemetry.Telemetry:
+    """The export of traces; without OpenTelemetry installed there is none, whatever the environment says."""
+    try:
+        return telemetry.configure("client", settings)
+    except ImportError as exc:
+        _log.warning(
+            "no traces are sent to %s: %s; install relayrl-shared[otlp]", settings.otlp_endpoint, exc
+        )
+        return telemetry.Telemetry(active=False)
 
 
 def _join(plan: Plan, table: ActorTable, closing: contextlib.ExitStack) -> tuple[Session, Standing]:

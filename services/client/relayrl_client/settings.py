@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from relayrl_shared.messages import Pacing
-from relayrl_shared.settings import Address, HttpSettings, LogSettings, Settings, TelemetrySettings
+from relayrl_shared.settings import Address, HttpSettings, Settings, TelemetrySettings
 
 ENVIRONMENT_PREFIX = "RELAYRL_CLIENT"
 
@@ -80,9 +80,8 @@ class RunSettings(Settings, frozen=True, kw_only=True):
 
 
 class ClientSection(Settings, frozen=True, kw_only=True):
-    """The `client_config` section."""
+    """The `client_config` section. http: health, metrics and info of this client, off by default."""
 
-    config_update_polling_seconds: Seconds = 10.0
     client_id: str | None = None
     actor_count: Annotated[int, Meta(ge=0)] = 0
     actor_inference_mode: ActorInferenceMode = "local"
@@ -97,7 +96,6 @@ class ClientSection(Settings, frozen=True, kw_only=True):
     limits: LimitSettings = LimitSettings()
     policy_poll_seconds: Seconds = 1.0
     http: HttpSettings = HttpSettings(enabled=False, port=8081)
-    log: LogSettings = LogSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
 
 

@@ -108,7 +108,7 @@ class Committer:
             if not batch:
                 return
             started = time.monotonic()
-            with TRACER.span("ingest.commit", rows=len(batch)):
+            with TRACER.span("ingest.commit", links=_traceparents(batch), rows=len(batch)):
                 self._commit(batch)
             self._metrics.commit_seconds.observe(time.monotonic() - started)
             self._metrics.commit_rows.observe(len(batch))
@@ -180,6 +180,10 @@ class Committer:
             LOG.warning("the store is not available; clients are told to try again", reason=str(error))
         self.unavailable = str(error)
         self._refuse_until = time.monotonic() + self._settings.retry_after_seconds
+
+
+def _traceparents(batch: Sequence[Pending]) -> list[str | None]:
+    return [p.content.metadata.traceparent for p in batch if isinstance(p.content, IncomingTrajectory)]
 
 
 def _answer(batch: Sequence[Pending], error: Exception) -> None:

@@ -83,6 +83,7 @@ class TinyServer:
     goodbyes: list[Goodbye] = field(default_factory=list)
     stored: list[TrajectoryMetadata] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
+    traceparents: list[str | None] = field(default_factory=list)
     refusal: RelayRLError | None = None
     knows_client: bool = True
     hello_failures: list[RelayRLError] = field(default_factory=list)
@@ -133,6 +134,7 @@ class TinyServer:
 
     def _answer(self, incoming: Incoming) -> tuple[Any, ...]:
         message = incoming.message
+        self.traceparents.append(message.traceparent)
         if isinstance(message, Hello):
             return (self._hello(message),)
         if isinstance(message, Heartbeat):

@@ -171,7 +171,6 @@ def test_the_file_keeps_the_names_of_the_original() -> None:
     keys = set(valid_keys(ClientSettings))
     training = "transport_config.zmq_addresses.training_addresses"
     assert {
-        "client_config.config_update_polling_seconds",
         "client_config.router_buffer_size_per_actor",
         "client_config.init_hyperparameters",
         "client_config.trajectory_file_output.directory",
