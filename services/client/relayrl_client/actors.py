@@ -258,8 +258,8 @@ class ActorTable:
             (rollout, tick), actor_id = max(places.items(), key=lambda place: place[0][1])
             raise EpisodeError(
                 f"actor {actor_id} is {tick} ticks into rollout {rollout} of {rollout_steps} ticks, and "
-                "others are elsewhere: one environment has one rollout. Let each finish its own first, or make new "
-                "actors (new_actors) for this environment"
+                "others are elsewhere: one environment has one rollout. Let each finish its own first, or "
+                "make new actors (new_actors) for this environment"
             )
         return max(places, default=(0, 0))
 

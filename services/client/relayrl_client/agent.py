@@ -12,6 +12,7 @@ with AgentBuilder(actor_count=1, observation_space=env.observation_space, ...).b
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any, Self
 from relayrl_client.actors import ActorDetails, ActorTable, EnvironmentHandle, Selection
 from relayrl_client.coordinator import ActionResult, Flag
 from relayrl_client.runtime import OpenDelivery, Plan, Runtime, Standing, announce, is_announced, open_runtime
-from relayrl_shared.errors import ConfigError, EpisodeError, PeerTimeout
+from relayrl_shared.errors import ConfigError, EpisodeError, PeerTimeout, UnknownActor
 from relayrl_shared.policy.manifest import PolicyArtefact
 from relayrl_shared.trajectory import Purpose, RecordSchema, Trajectory
 
@@ -77,6 +78,7 @@ class Agent:
 
         Raises:
             SpoolError, PeerTimeout: what was closed could not be accepted in time; all is released still.
+            EpisodeError: a call was still at work on an actor, whose open segment is lost; likewise.
         """
         runtime, self._runtime = self._runtime, None
         if runtime is None:
@@ -85,11 +87,11 @@ class Agent:
         deadline = time.monotonic() + seconds
         runtime.stopping.set()
         with runtime.closing:
-            _drop_all(runtime, deadline)
-            runtime.delivery.flush(max(deadline - time.monotonic(), 0.1))
-            if runtime.session is not None:
-                runtime.delivery.drain(max(deadline - time.monotonic(), 0.0))
-                runtime.session.leave(runtime.spool_reports(), max(deadline - time.monotonic(), 0.1))
+            # Callbacks run from the last to the first, each whatever the others raise.
+            runtime.closing.callback(_leave, runtime, deadline)
+            runtime.closing.callback(lambda: runtime.delivery.flush(max(deadline - time.monotonic(), 0.1)))
+            runtime.closing.callback(runtime.coordinator.finish, deadline)
+            runtime.closing.callback(_drop_all, runtime, deadline)
 
     def __enter__(self) -> Self:
         return self if self._runtime is not None else self.start()
@@ -199,7 +201,10 @@ class Agent:
         Raises:
             EpisodeError: neither flag, not in an episode, or truncated without final_observation.
             ContractError, UnknownActor: another bad argument, named; nothing was recorded.
-            SpoolError: the closed segment could not be taken.
+            SpoolError: delivery is closed.
+
+        A segment that delivery has no room for within `timeouts.request_seconds` is kept, and goes first at
+        the next call; until then `request_action` raises Overloaded.
         """
         self.runtime.coordinator.end_episode(
             actor_ids,
@@ -237,21 +242,7 @@ class Agent:
         Raises:
             ContractError: the id is taken, or no UUID.
         """
-        runtime = self.runtime
-        with runtime.recorder.lock:
-            first = max(runtime.standing.first_rollout_index, runtime.learner_update)
-            environment = runtime.table.new_environment(0, first)
-            details = self._details(
-                actor_id or str(uuid.uuid4()),
-                environment,
-                agent_id=agent_id,
-                purpose=purpose,
-                recorded=record and self.plan.is_recorded,
-                seed=seed,
-            )
-            row = runtime.table.add(details)
-        self._announce([(row, details)])
-        return details.actor_id
+        return self._add([actor_id], agent_id, purpose, record, seed)[0]
 
     def new_actors(self, count: int, *, purpose: Purpose = "train", record: bool = True) -> list[str]:
         """That many new actors; returns their ids.
@@ -261,7 +252,7 @@ class Agent:
         """
         if count < 1:
             raise ConfigError(f"new_actors({count}): ask for at least 1")
-        return [self.new_actor(purpose=purpose, record=record) for _ in range(count)]
+        return self._add([None] * count, None, purpose, record, None)
 
     def remove_actor(self, actor_id: str) -> None:
         """Forget an actor; see `remove_actors`."""
@@ -275,11 +266,7 @@ class Agent:
             EpisodeError: a call is at work on one of them; none was removed.
         """
         runtime = self.runtime
-        runtime.coordinator.drop_open(actor_ids)
-        with runtime.recorder.lock:
-            removed = [runtime.table.detail(runtime.table.row(actor_id)) for actor_id in actor_ids]
-            for actor_id in actor_ids:
-                runtime.table.remove(actor_id)
+        removed = runtime.coordinator.remove(actor_ids)
         announced = [detail.actor_id for detail in removed if is_announced(detail)]
         if runtime.session is not None and announced:
             runtime.session.change_actors(removed=announced)
@@ -383,10 +370,12 @@ class Agent:
         """Return when all closed segments are accepted: fsynced in the spool, or in their sink.
 
         Raises:
-            SpoolError, PeerTimeout: they could not be, or not in time.
+            SpoolError, Overloaded, PeerTimeout: they could not be, or not in time.
         """
         seconds = self.plan.timeouts.flush_seconds if timeout_seconds is None else timeout_seconds
-        self.runtime.delivery.flush(seconds)
+        deadline = time.monotonic() + seconds
+        self.runtime.coordinator.submit_kept(deadline)
+        self.runtime.delivery.flush(max(deadline - time.monotonic(), 0.0))
 
     def get_trajectory_memory(self, drain: bool = False) -> dict[str, list[Trajectory]]:
         """What the memory sink holds, by actor id, oldest first.
@@ -407,6 +396,32 @@ class Agent:
         return held
 
     # -- help ------------------------------------------------------------------------------------------
+
+    def _add(
+        self,
+        actor_ids: Sequence[str | None],
+        agent_id: str | None,
+        purpose: Purpose,
+        record: bool,
+        seed: int | None,
+    ) -> list[str]:
+        """New actors, each in an environment of its own; the server is told of all of them at once."""
+        runtime = self.runtime
+        added = []
+        with runtime.recorder.lock:
+            first = max(runtime.standing.first_rollout_index, runtime.learner_update)
+            for actor_id in actor_ids:
+                details = self._details(
+                    actor_id or str(uuid.uuid4()),
+                    runtime.table.new_environment(0, first),
+                    agent_id=agent_id,
+                    purpose=purpose,
+                    recorded=record and self.plan.is_recorded,
+                    seed=seed,
+                )
+                added.append((runtime.table.add(details), details))
+        self._announce(added)
+        return [details.actor_id for _, details in added]
 
     def _details(
         self,
@@ -429,14 +444,32 @@ class Agent:
 
 
 def _drop_all(runtime: Runtime, deadline: float) -> None:
-    """Leave all episodes; calls that are at work are given until the deadline to return."""
-    pause = runtime.stopping.__class__()  # a fresh event: nobody sets it, it only waits
-    for actor_id in runtime.table.ids:
-        while True:
+    """Leave all episodes; calls that are at work are given until the deadline to return.
+
+    Raises:
+        EpisodeError: one did not; all other actors have left.
+    """
+    pause = threading.Event()  # nobody sets it
+    actor_ids = runtime.table.ids
+    while True:
+        busy: list[tuple[str, EpisodeError]] = []
+        for actor_id in actor_ids:
             try:
                 runtime.coordinator.drop_open([actor_id])
-                break
-            except EpisodeError:
-                if time.monotonic() >= deadline:
-                    raise
-                pause.wait(0.01)
+            except EpisodeError as exc:
+                busy.append((actor_id, exc))
+            except UnknownActor:
+                continue  # removed meanwhile
+        if not busy:
+            return
+        if time.monotonic() >= deadline:
+            raise busy[0][1]
+        actor_ids = [actor_id for actor_id, _ in busy]
+        pause.wait(0.01)
+
+
+def _leave(runtime: Runtime, deadline: float) -> None:
+    """Let the server take what is accepted, and say goodbye."""
+    if runtime.session is not None:
+        runtime.delivery.drain(max(deadline - time.monotonic(), 0.0))
+        runtime.session.leave(runtime.spool_reports(), max(deadline - time.monotonic(), 0.1))

@@ -7,6 +7,8 @@ The recorder's lock is held around array work only. B = actors of the call.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
 from collections import deque
@@ -17,18 +19,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from relayrl_client.actors import EnvironmentHandle, Selection
+from relayrl_client.actors import ActorDetails, EnvironmentHandle, Selection
 from relayrl_client.inference import Decision, Inference
 from relayrl_client.inputs import Arrays, MaskReader, ObservationReader, Rewards, read_aux, read_rewards
 from relayrl_client.pacing import Admission
 from relayrl_client.recorder import Begun, Recorder
 from relayrl_client.segments import ClosedSegment, SegmentSink
 from relayrl_client.storage import AUX_PREFIX
-from relayrl_shared.errors import EpisodeError, SpecMismatch
+from relayrl_shared.errors import EpisodeError, Overloaded, RelayRLError, SpecMismatch, SpoolError
 from relayrl_shared.noise import NoiseSource
 from relayrl_shared.trajectory import RecordSchema
 
 Flag = bool | Sequence[bool] | NDArray[np.bool_]
+
+_RETRY_SECONDS = 0.05
+
+_log = logging.getLogger(__name__)
 
 
 class ActionResult(NamedTuple):
@@ -51,6 +57,7 @@ class CallCounters:
     requests_total: int = 0
     request_errors_total: int = 0
     ended_episodes_total: int = 0
+    lost_segments_total: int = 0  # that delivery had no room for when the client ended
 
 
 class Coordinator:
@@ -92,8 +99,8 @@ class Coordinator:
         self._masks = MaskReader(schema)
         first = schema.action.leaves[0]
         self._single_action = first.name if len(schema.action.leaves) == 1 and not first.path else None
-        self._refused: deque[ClosedSegment] = deque()
-        self._refused_lock = threading.Lock()
+        self._kept: deque[ClosedSegment] = deque()  # had no room in delivery so far
+        self._handing_over = threading.Lock()
         self._blanks: dict[int, Arrays] = {}
         self._versions: dict[tuple[int, int], NDArray[np.int64]] = {}
 
@@ -113,8 +120,6 @@ class Coordinator:
     ) -> ActionResult:
         """See `Agent.request_action`."""
         self.counters.requests_total += 1
-        if self._refused:
-            self._submit_refused()
         deadline = time.monotonic() + (self._timeout_seconds if timeout_seconds is None else timeout_seconds)
         single = isinstance(actor_ids, str)
         selection = self._table.select(actor_ids)
@@ -126,7 +131,7 @@ class Coordinator:
         extra = read_aux(aux, self.schema, len(selection)) if aux or self.schema.aux else None
         begun = self.recorder.begin(selection, leaves, read_rewards(reward, selection))
         try:
-            if begun.turned or self.admission.every_call:
+            if begun.turned or self._kept or self.admission.every_call:
                 self._settle(selection, begun, deadline)
             decision = self._decide(selection, begun, leaves, greedy, deadline)
             values = self._values(len(selection), leaves, decision, extra)
@@ -139,7 +144,7 @@ class Coordinator:
 
     def _settle(self, selection: Selection, begun: Begun, deadline: float) -> None:
         """Submit what the call closed, then wait for admission (contracts A1)."""
-        self._submit(begun.closed)
+        self._submit(begun.closed, deadline)
         if begun.error is not None:
             raise begun.error
         self.admission.admit(selection, begun.rollout, deadline)
@@ -198,8 +203,6 @@ class Coordinator:
         final_action_mask: Any = None,
     ) -> None:
         """See `Agent.end_episode`."""
-        if self._refused:
-            self._submit_refused()
         selection = self._table.select(actor_ids)
         ends = _flags(terminated, selection, "terminated"), _flags(truncated, selection, "truncated")
         _check_ends(selection, *ends, has_final=final_observation is not None)
@@ -208,36 +211,92 @@ class Coordinator:
             final = self._observations.read(final_observation, selection)
             final |= self._masks.read(final_action_mask, selection, check=False)
         rewards: Rewards | None = read_rewards(reward, selection)
-        self._submit(self.recorder.end_episode(selection, rewards, *ends, final))
+        closed = self.recorder.end_episode(selection, rewards, *ends, final)
         self.counters.ended_episodes_total += len(selection)
+        self._submit_or_keep(closed, time.monotonic() + self._timeout_seconds)
 
     def drop_open(self, actor_ids: Sequence[str]) -> None:
-        """Close the open segments of actors without their last reward (contracts A5)."""
-        if self._refused:
-            self._submit_refused()
-        self._submit(self.recorder.drop_open(actor_ids))
+        """Close the open segments of actors without their last reward (contracts A5). Does not wait."""
+        self._submit_or_keep(self.recorder.drop_open(actor_ids), time.monotonic())
 
-    def _submit(self, closed: Sequence[ClosedSegment]) -> None:
-        """Hand segments to delivery; what it refuses is kept, and goes first at the next call."""
+    def remove(self, actor_ids: Sequence[str]) -> list[ActorDetails]:
+        """`drop_open`, and forget the actors; returns what was known of them. Does not wait."""
+        closed, removed = self.recorder.remove(actor_ids)
+        self._submit_or_keep(closed, time.monotonic())
+        return removed
+
+    # -- delivery --------------------------------------------------------------------------------------
+
+    def _submit(self, closed: Sequence[ClosedSegment], deadline: float) -> None:
+        """Hand segments to delivery, after those that were kept; what it does not take is kept.
+
+        A call of `request_action` fails while something is kept, so that this stays bounded.
+
+        Raises:
+            Overloaded: there was no room until the deadline.
+        """
+        if self._kept:
+            self._kept.extend(closed)
+            self.submit_kept(deadline)
+            return
         for position, segment in enumerate(closed):
             try:
-                self._sink.submit(segment)
+                self._sink.submit(segment, _left(deadline))
             except BaseException:
-                with self._refused_lock:
-                    self._refused.extend(closed[position:])
+                self._kept.extend(closed[position:])
                 raise
 
-    def _submit_refused(self) -> None:
-        """Try again what delivery refused: until it is taken no call records more, so this stays bounded."""
-        with self._refused_lock:
-            while self._refused:
-                self._sink.submit(self._refused[0])
-                self._refused.popleft()
+    def _submit_or_keep(self, closed: Sequence[ClosedSegment], deadline: float) -> None:
+        """As `_submit`, where the call has done its work: the next call tells whether there is room."""
+        with contextlib.suppress(Overloaded):
+            self._submit(closed, deadline)
+
+    def submit_kept(self, deadline: float) -> None:
+        """Hand over what delivery had no room for.
+
+        Raises:
+            Overloaded: there is still no room at the deadline; all is kept still.
+        """
+        if not self._handing_over.acquire(timeout=_left(deadline)):
+            raise Overloaded(f"{len(self._kept)} closed segments wait for room in delivery")
+        try:
+            while self._kept:
+                self._sink.submit(self._kept[0], _left(deadline))
+                self._kept.popleft()
+        finally:
+            self._handing_over.release()
+
+    def finish(self, deadline: float) -> None:
+        """Hand over what was kept, before the client ends; nothing is recorded any more.
+
+        Raises:
+            SpoolError: delivery did not take all until the deadline; the rest is logged, counted and lost.
+        """
+        pause = threading.Event()  # nobody sets it
+        while True:
+            try:
+                return self.submit_kept(deadline)
+            except RelayRLError as exc:
+                if not isinstance(exc, Overloaded) or time.monotonic() >= deadline:
+                    raise self._lost(exc) from exc
+            pause.wait(min(_RETRY_SECONDS, _left(deadline)))
+
+    def _lost(self, why: RelayRLError) -> SpoolError:
+        lost = list(self._kept)
+        self.counters.lost_segments_total += len(lost)
+        for segment in lost:
+            _log.error("trajectory %s is lost, delivery did not take it", segment.metadata.trajectory_id)
+        return SpoolError(f"{len(lost)} closed segments had no room in delivery and are lost: {why}")
 
     @property
     def refused_segments(self) -> int:
-        """Closed segments that delivery has refused so far and that wait for the next call."""
-        return len(self._refused)
+        """Closed segments that delivery had no room for so far and that wait for the next call."""
+        return len(self._kept)
+
+
+def _left(deadline: float) -> float:
+    """Seconds until a deadline, as locks take them."""
+    return min(max(deadline - time.monotonic(), 0.0), threading.TIMEOUT_MAX)
 
 
 def _check_environment(selection: Selection, environment: EnvironmentHandle) -> None:

@@ -61,17 +61,17 @@ class RoutedDelivery:
             for index in range(routers)
         ]
 
-    def submit(self, segment: ClosedSegment) -> None:
+    def submit(self, segment: ClosedSegment, timeout_seconds: float | None = None) -> None:
         """Queues a segment; blocks while its router's queue is full, or refuses.
 
         Raises:
-            Overloaded: the queue is full, and the policy is `refuse`.
+            Overloaded: the queue is full, and the policy is `refuse` or the time is over.
             SpoolError: the delivery is closed.
         """
         routers = self._routers
         actor = segment.metadata.actor_id
         router = routers[zlib.crc32(actor.encode()) % len(routers)] if len(routers) > 1 else routers[0]
-        router.submit(segment)
+        router.submit(segment, timeout_seconds)
 
     def flush(self, timeout_seconds: float) -> None:
         """Returns when everything submitted before is accepted.

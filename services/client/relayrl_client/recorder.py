@@ -445,14 +445,32 @@ class Recorder:
             EpisodeError: a call is at work on one of them.
         """
         with self.lock:
-            rows = [self.table.row(actor_id) for actor_id in actor_ids]
-            for row, actor_id in zip(rows, actor_ids, strict=True):
-                if self.table.columns.phase[row] & BUSY:
-                    raise EpisodeError(f"actor {actor_id}: a call is at work on it; wait for it to return")
-            closing = [due for row in rows if (due := self._without_last_step(row)) is not None]
-            closed = self._close(closing)
-            self._leave_episodes(rows)
-            return closed
+            return self._drop_open(actor_ids)
+
+    def remove(self, actor_ids: Sequence[str]) -> tuple[list[ClosedSegment], list[ActorDetails]]:
+        """`drop_open`, and take the actors out of the table; no call comes in between.
+
+        Raises:
+            UnknownActor: there is no actor of that id; none was removed.
+            EpisodeError: a call is at work on one of them; none was removed.
+        """
+        with self.lock:
+            ids = list(dict.fromkeys(actor_ids))
+            closed = self._drop_open(ids)
+            removed = [self.table.detail(self.table.row(actor_id)) for actor_id in ids]
+            for actor_id in ids:
+                self.table.remove(actor_id)
+            return closed, removed
+
+    def _drop_open(self, actor_ids: Sequence[str]) -> list[ClosedSegment]:
+        rows = [self.table.row(actor_id) for actor_id in actor_ids]
+        for row, actor_id in zip(rows, actor_ids, strict=True):
+            if self.table.columns.phase[row] & BUSY:
+                raise EpisodeError(f"actor {actor_id}: a call is at work on it; wait for it to return")
+        closing = [due for row in rows if (due := self._without_last_step(row)) is not None]
+        closed = self._close(closing)
+        self._leave_episodes(rows)
+        return closed
 
     def _without_last_step(self, row: int) -> Closing | None:
         detail = self.table.detail(row)

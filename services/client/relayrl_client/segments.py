@@ -39,10 +39,15 @@ class ClosedSegment:
 class SegmentSink(Protocol):
     """Takes closed segments: the routers in the client, a list in tests."""
 
-    def submit(self, segment: ClosedSegment) -> None:
+    def submit(self, segment: ClosedSegment, timeout_seconds: float | None = None) -> None:
         """Take a segment. Segments of one actor come in order.
 
-        May block while the sink is full (back-pressure), and raises a `RelayRLError` where it refuses.
+        May block while the sink is full (back-pressure), no longer than `timeout_seconds`; None: for as long
+        as it takes.
+
+        Raises:
+            Overloaded: there is no room, and none came in time; the same segment may be submitted again.
+            RelayRLError: it refuses for another reason.
         """
 
 

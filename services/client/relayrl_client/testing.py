@@ -44,7 +44,7 @@ class CheckingDelivery:
         self._expected: dict[str, tuple[int, int]] = {}  # episode_id → segment_index, first_step_index
         self._ended: set[str] = set()
 
-    def submit(self, segment: ClosedSegment) -> None:
+    def submit(self, segment: ClosedSegment, timeout_seconds: float | None = None) -> None:
         """Check and keep a segment.
 
         Raises:

@@ -11,6 +11,8 @@ import pytest
 
 from relayrl_client.agent import Agent
 from relayrl_client.inference import Decision
+from relayrl_client.inputs import Rewards
+from relayrl_client.segments import ClosedSegment
 from relayrl_client.testing import CheckingDelivery, CountingEnvironment, offline_agent
 from relayrl_shared.errors import (
     ConfigError,
@@ -23,6 +25,7 @@ from relayrl_shared.errors import (
     Overloaded,
     RelayRLError,
     SpecMismatch,
+    SpoolError,
     UnknownActor,
 )
 
@@ -560,27 +563,122 @@ def test_full_storage_is_a_typed_error_that_can_be_waited_out() -> None:
     assert len(delivery.segments) == 1
 
 
-def test_a_refused_segment_is_kept_and_goes_first_at_the_next_call(pair: Pair) -> None:
-    """Delivery that refuses loses nothing: until it takes the segment, calls fail and record nothing."""
+class FullAtTimes:
+    """Stands in front of a delivery: has no room while `full`, and notes how long callers would wait."""
+
+    def __init__(self, delivery: CheckingDelivery) -> None:
+        self.take = delivery.submit
+        self.full = False
+        self.waits: list[float] = []
+        delivery.submit = self.submit  # type: ignore[method-assign]
+
+    def submit(self, segment: ClosedSegment, timeout_seconds: float | None = None) -> None:
+        """Take a segment, or have no room."""
+        if self.full:
+            assert timeout_seconds is not None, "nothing may wait without a deadline"
+            self.waits.append(timeout_seconds)
+            raise Overloaded("the spool is full")
+        self.take(segment, timeout_seconds)
+
+
+def test_a_segment_without_room_is_kept_and_goes_first_at_the_next_call(pair: Pair) -> None:
+    """The end has happened; calls that act fail until delivery takes it, and their retry passes None."""
     agent, delivery = pair
     actor = agent.get_actor_ids()[0]
-    take = delivery.submit
-
-    def refuse(segment: Any) -> None:
-        raise Overloaded("the spool is full")
-
+    door = FullAtTimes(delivery)
     agent.request_action(actor, seen(1)[0])
-    delivery.submit = refuse  # type: ignore[method-assign]
-    with pytest.raises(Overloaded):
-        agent.end_episode(actor, 7.0, terminated=True)
-    with pytest.raises(Overloaded):
-        agent.request_action(actor, seen(2)[0])
-    assert agent.runtime.coordinator.refused_segments == 1
-    delivery.submit = take  # type: ignore[method-assign]
+    door.full = True
+    agent.end_episode(actor, 7.0, terminated=True)
+    for _ in range(2):
+        with pytest.raises(Overloaded):
+            agent.request_action(actor, seen(2)[0], timeout_seconds=0.5)
+        assert agent.runtime.coordinator.refused_segments == 1
+    assert 0 < door.waits[-1] <= 0.5
+    door.full = False
     agent.request_action(actor, seen(3)[0])
     agent.end_episode(actor, 8.0, terminated=True)
     assert [segment.columns.reward.tolist() for segment in delivery.segments] == [[7], [8]]
     assert delivery.segments[1].columns.observation["observation"][:, 0].tolist() == [3]
+
+
+def test_a_cut_without_room_leaves_the_actor_pending(pair: Pair) -> None:
+    """request_action raises at its deadline; the reward stands and the closed segment is kept."""
+    agent, delivery = pair
+    actor = agent.get_actor_ids()[0]
+    door = FullAtTimes(delivery)
+    for step in range(4):
+        agent.request_action(actor, seen(step)[0], reward=1.0 if step else None)
+    door.full = True
+    with pytest.raises(Overloaded):
+        agent.request_action(actor, seen(4)[0], reward=9.0, timeout_seconds=0.5)
+    door.full = False
+    agent.request_action(actor, seen(4)[0])
+    assert delivery.segments[0].columns.reward.tolist() == [1, 1, 1, 9]
+
+
+def test_flush_hands_over_what_was_kept(pair: Pair) -> None:
+    """Flush speaks of all closed segments, those without room included."""
+    agent, delivery = pair
+    actor = agent.get_actor_ids()[0]
+    door = FullAtTimes(delivery)
+    agent.request_action(actor, seen(1)[0])
+    door.full = True
+    agent.end_episode(actor, 7.0, terminated=True)
+    with pytest.raises(Overloaded):
+        agent.flush(0.0)
+    door.full = False
+    agent.flush(1.0)
+    assert delivery.segments[0].columns.reward.tolist() == [7]
+
+
+def test_shutdown_waits_for_room_no_longer_than_it_has(caplog: pytest.LogCaptureFixture) -> None:
+    """What finds no room is lost, logged by its id and counted; flush and all the rest run still."""
+    agent, delivery = offline_agent(CARTPOLE, actor_count=2)
+    agent.start()
+    ids, runtime = agent.get_actor_ids(), agent.runtime
+    flushed: list[float] = []
+    delivery.flush = flushed.append  # type: ignore[method-assign,assignment]
+    FullAtTimes(delivery).full = True
+    agent.request_action(ids, seen(1, 2))
+    agent.request_action(ids, seen(1, 2), reward=1.0)
+    with pytest.raises(SpoolError, match="2 closed segments had no room"):
+        agent.shutdown(0.05)
+    assert runtime.coordinator.counters.lost_segments_total == 2
+    assert [record.message.split()[0] for record in caplog.records] == ["trajectory", "trajectory"]
+    assert len(flushed) == 1
+    assert not agent.is_running
+
+
+def test_shutdown_hands_over_what_was_kept() -> None:
+    """Room that comes in time is used, also where delivery refuses rather than blocks."""
+    agent, delivery = offline_agent(CARTPOLE, actor_count=1)
+    agent.start()
+    actor, door = agent.get_actor_ids()[0], FullAtTimes(delivery)
+    door.full = True
+    agent.request_action(actor, seen(1)[0])
+    agent.end_episode(actor, 7.0, terminated=True)
+    timer = threading.Timer(0.05, setattr, (door, "full", False))
+    timer.start()
+    agent.shutdown(5.0)
+    assert delivery.segments[0].columns.reward.tolist() == [7]
+
+
+def test_shutdown_leaves_all_episodes_but_those_of_calls_at_work() -> None:
+    """A busy actor's error comes last: the others' segments, flush and release are done before."""
+    agent, delivery = offline_agent(CARTPOLE, actor_count=3)
+    flushed: list[float] = []
+    released: list[float] = []
+    delivery.flush = flushed.append  # type: ignore[method-assign,assignment]
+    delivery.close = released.append  # type: ignore[method-assign,assignment]
+    agent.start()
+    ids = agent.get_actor_ids()
+    agent.request_action(ids, seen(1, 2, 3))
+    agent.request_action(ids, seen(1, 2, 3), reward=1.0)
+    agent.runtime.recorder.begin(agent.select(ids[0]), {"observation": seen(4)}, Rewards(1.0))
+    with pytest.raises(EpisodeError, match=f"{ids[0]}: a call is at work"):
+        agent.shutdown(0.02)
+    assert [len(delivery.of(actor)) for actor in ids] == [0, 1, 1]
+    assert len(flushed) == len(released) == 1
 
 
 # -- actors ------------------------------------------------------------------------------------------------
@@ -617,6 +715,45 @@ def test_an_actor_index_is_never_used_again(pair: Pair) -> None:
     agent.request_action(fresh, seen(1, 2))
     agent.end_episode(fresh, 0.0, terminated=True)
     assert [segment.metadata.actor_index for segment in delivery.segments] == [2, 3]
+
+
+class Announced:
+    """A session that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.changes: list[tuple[int, list[str]]] = []
+        self.learner_update = 0
+
+    def change_actors(self, added: Any = (), removed: Any = ()) -> bool:
+        """Note how many came and who went."""
+        self.changes.append((len(added), list(removed)))
+        return True
+
+
+def test_the_server_is_told_once_of_many_actors(pair: Pair) -> None:
+    """With the server away each telling takes seconds: one for all."""
+    agent, _ = pair
+    session = Announced()
+    agent.runtime.session = session  # type: ignore[assignment]
+    try:
+        ids = agent.new_actors(64)
+        agent.remove_actors(ids)
+    finally:
+        agent.runtime.session = None
+    assert session.changes == [(64, []), (0, ids)]
+
+
+def test_a_removal_that_fails_removes_nobody(pair: Pair) -> None:
+    """One unknown id, and all actors go on; one that is named twice is removed once."""
+    agent, delivery = pair
+    ids = agent.get_actor_ids()
+    agent.request_action(ids, seen(1, 2))
+    with pytest.raises(UnknownActor):
+        agent.remove_actors([*ids, "nobody"])
+    agent.request_action(ids, seen(1, 2), reward=1.0)
+    agent.remove_actors([ids[0], ids[0]])
+    assert agent.get_actor_ids() == ids[1:]
+    assert [segment.steps for segment in delivery.segments] == [1]
 
 
 def test_no_new_actors_is_refused(pair: Pair) -> None:
