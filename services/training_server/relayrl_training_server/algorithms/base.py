@@ -122,13 +122,14 @@ class Algorithm(ABC, Generic[C]):
         """
 
     def update(self, batch: Batch) -> Metrics:
-        """Learns from a batch; its statistics are absorbed after the last epoch (contracts H5).
+        """Learns from a batch; observation statistics are absorbed after the last epoch (contracts H5).
 
         Raises:
             NonFiniteUpdate: a loss or gradient is not finite; everything is as before the call.
         """
         before = self.state()
         try:
+            self._absorb_returns(batch)
             worth = self.advantages(batch)
             self._scale_values(1.0 / self.value_scale)
             metrics = self.learn(self._rows(batch, worth), batch)
@@ -136,7 +137,7 @@ class Algorithm(ABC, Generic[C]):
         except NonFiniteUpdate:
             self.restore(before)
             raise
-        self._absorb(batch)
+        self._absorb_observations(batch)
         self.updates += 1
         self.steps_learned += batch.steps
         return {**metrics, **self._describe(batch, worth)}
@@ -240,13 +241,20 @@ class Algorithm(ABC, Generic[C]):
         """Which rows count in the policy loss, float32 [N] of 0 and 1."""
         return batch.from_policy
 
-    def _absorb(self, batch: Batch) -> None:
+    def _absorb_observations(self, batch: Batch) -> None:
         """Takes the batch into the running statistics and ships them with the module."""
         if self.config.normalize_obs:
             for name, statistics in self.observation_statistics.items():
                 statistics.absorb(batch.observation[name])
                 mean = torch.from_numpy(np.asarray(statistics.mean, dtype=np.float32))
                 self.module.set_normaliser(name, mean, torch.from_numpy(np.asarray(statistics.inv_std)))
+
+    def _absorb_returns(self, batch: Batch) -> None:
+        """Takes the batch's returns in before it is learned from.
+
+        A first batch in raw units would leave Adam's moments far too large for what follows. Nobody acts with
+        this scale, so that it need not be frozen.
+        """
         if self.config.normalize_returns:
             rewards = batch.to_chains(batch.reward)
             self.return_statistics.absorb(forward_returns(rewards, batch.mask, self.config.gamma))

@@ -8,14 +8,18 @@ from typing import Any
 import torch
 import torch.utils.deterministic
 
+from relayrl_shared.errors import ConfigError
+from relayrl_shared.policy.manifest import GraphOutputs
 from relayrl_shared.spaces import ActionSpec, ObservationSpec
 from relayrl_shared.store.interface import Run
 from relayrl_training_server.algorithms.base import Algorithm
 from relayrl_training_server.algorithms.configs import (
     AlgorithmConfig,
+    AlgorithmNeeds,
     PPOConfig,
     REINFORCEConfig,
     build_config,
+    needs,
 )
 from relayrl_training_server.algorithms.ppo import PPO
 from relayrl_training_server.algorithms.reinforce import REINFORCE
@@ -59,9 +63,9 @@ def build_for_run(run: Run) -> Algorithm[Any]:
     """A run's algorithm, fresh.
 
     Raises:
-        ConfigError: as `build_algorithm`.
+        ConfigError: as `build_algorithm`, or the policy's record cannot feed the algorithm (contracts B2).
     """
-    return build_algorithm(
+    built = build_algorithm(
         run.algorithm,
         run.hyperparameters,
         run.observation_spec,
@@ -71,6 +75,21 @@ def build_for_run(run: Run) -> Algorithm[Any]:
         seed=run.seed,
         max_policy_lag=run.max_policy_lag,
     )
+    check_needs(run.algorithm, needs(run.algorithm, run.hyperparameters), built.module.outputs)
+    return built
+
+
+def check_needs(algorithm: str, demands: AlgorithmNeeds, outputs: GraphOutputs) -> None:
+    """Checks that the policy puts into the record what the algorithm learns from (contracts B2).
+
+    Raises:
+        ConfigError: it does not; no step of the run could be learned from.
+    """
+    if demands.behaviour_log_prob and not outputs.behaviour_log_prob:
+        raise ConfigError(
+            f"algorithm: {algorithm} needs the behaviour_log_prob of every step, and this policy has none;"
+            " choose an algorithm for deterministic policies"
+        )
 
 
 def use_deterministic_torch() -> None:
