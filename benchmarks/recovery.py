@@ -59,10 +59,15 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """One kill. exec_to_ready: of the successor; kill_to_ready adds what passes before it is started."""
+    """One kill. exec_to_ready: of the successor; kill_to_ready adds what passes before it is started.
+
+    cpu_seconds: of the successor until it was ready, without its children: what is left of exec_to_ready on a
+    machine with nothing else to do.
+    """
 
     exec_to_ready_seconds: float
     kill_to_ready_seconds: float
+    cpu_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +106,7 @@ def report_service(report: Report, name: str, recoveries: Sequence[Recovery]) ->
     """The median seconds of a service, and beside its target."""
     seconds = [recovery.exec_to_ready_seconds for recovery in recoveries]
     after_kill = statistics.median(recovery.kill_to_ready_seconds for recovery in recoveries)
+    cpu = statistics.median(recovery.cpu_seconds for recovery in recoveries)
     median = statistics.median(seconds)
     report.figure(
         f"{name}_exec_to_ready",
@@ -108,6 +114,7 @@ def report_service(report: Report, name: str, recoveries: Sequence[Recovery]) ->
         "seconds",
         repeats=[round(value, 2) for value in seconds],
         kill_to_ready=round(after_kill, 2),
+        cpu=round(cpu, 2),
     )
     report.ratio(f"{name}_to_target", median / TARGET_SECONDS, at_most=1.0, target_seconds=TARGET_SECONDS)
 
@@ -244,7 +251,7 @@ def kill_in_turn(services: Sequence[Service], training: Training, repeats: int) 
             found[service.name].append(recovery)
             say(
                 f"{service.name}: ready {recovery.exec_to_ready_seconds:.2f} s after exec, "
-                f"{recovery.kill_to_ready_seconds:.2f} s after SIGKILL"
+                f"{recovery.kill_to_ready_seconds:.2f} s after SIGKILL, {recovery.cpu_seconds:.2f} s of CPU"
             )
     training.goes_on()
     return found
@@ -261,13 +268,15 @@ def kill(service: Service, skew_seconds: float) -> Recovery:
     os.kill(before, signal.SIGKILL)
     after = wait_for(lambda: other_than(before, service.pid()), f"{service.name} is started again")
     try:
-        started_at = psutil.Process(after).create_time() + skew_seconds
+        successor = psutil.Process(after)
+        started_at = successor.create_time() + skew_seconds
+        ready_at = await_ready(service)
+        used = successor.cpu_times()
     except psutil.NoSuchProcess as error:
-        raise UnsoundFigureError(f"the successor of {service.name} died at once") from error
-    ready_at = await_ready(service)
+        raise UnsoundFigureError(f"the successor of {service.name} died before it was ready") from error
     if service.pid() != after:
         raise UnsoundFigureError(f"{service.name} was started more than once after one kill")
-    return Recovery(ready_at - started_at, ready_at - killed_at)
+    return Recovery(ready_at - started_at, ready_at - killed_at, used.user + used.system)
 
 
 def other_than(before: int, now: int | None) -> int | None:

@@ -217,8 +217,8 @@ def test_the_median_recovery_is_judged(
     """A service must be ready within five seconds of its exec, in the median of its kills."""
     harness = benchmarks["harness"]
     report = harness.Report("recovery", harness.Options(quick=True, check=True))
-    recovery.report_service(report, "ingest", [recovery.Recovery(value, value + 1) for value in seconds])
+    recovery.report_service(report, "ingest", [recovery.Recovery(value, value + 1, 2.0) for value in seconds])
     figure, judged = [json.loads(line) for line in capsys.readouterr().out.splitlines()][1:]
     assert (figure["figure"], figure["unit"]) == ("ingest_exec_to_ready", "seconds")
-    assert figure["kill_to_ready"] == figure["value"] + 1
+    assert (figure["kill_to_ready"], figure["cpu"]) == (figure["value"] + 1, 2.0)
     assert (judged["figure"], judged["met"], report.status()) == ("ingest_to_target", met, not met)
