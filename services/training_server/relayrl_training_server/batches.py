@@ -22,13 +22,17 @@ Leaves = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stored trajectory, decoded. `oldest_update` is the learner_update that its oldest step acted with."""
+    """A stored trajectory, decoded.
+
+    oldest_update: the learner_update that its oldest step acted with. stored_bytes: of its payload.
+    """
 
     position: int
     metadata: TrajectoryMetadata
     columns: Columns
     final_observation: FinalObservation | None
     oldest_update: int
+    stored_bytes: int = 0
 
     @property
     def ended(self) -> bool:

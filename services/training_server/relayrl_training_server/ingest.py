@@ -26,6 +26,7 @@ from relayrl_shared.store.interface import TrajectoryStore
 from relayrl_shared.store.open import open_store
 from relayrl_shared.store.quarantine import QuarantineLimits
 from relayrl_training_server.committer import Committer
+from relayrl_training_server.failures import carry_out_failures
 from relayrl_training_server.garbage import GarbageKeeper
 from relayrl_training_server.ingest_metrics import IngestMetrics
 from relayrl_training_server.intake import TrajectoryIntake
@@ -55,6 +56,7 @@ class Ingest:
         drain: Callable[[], None] | None = None,
     ) -> None:
         self._settings = settings.server.ingest
+        self._run_directory = settings.run_directory
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._threads: list[threading.Thread] = []
@@ -169,12 +171,13 @@ class Ingest:
         LOG.info("drained", committed=committed)
 
     def _maintain(self) -> None:
-        """Expires silent clients and looks whether the store is there."""
+        """Expires silent clients, notes failed runs and looks whether the store is there."""
         started = time.monotonic()
         while not self._stop.wait(MAINTENANCE_SECONDS):
             try:
                 self.store.ping()
                 self._committer.report(None)
+                carry_out_failures(self.store, self._run_directory)
                 # Clients that were silent because this process was not there get their time first.
                 if time.monotonic() - started > self._settings.client_timeout_seconds:
                     self._expire()

@@ -34,13 +34,14 @@ from relayrl_shared.policy.artefact import digest
 from relayrl_shared.store.interface import Run, TrajectoryStore
 from relayrl_training_server.algorithms.base import AlgorithmState, Metrics
 from relayrl_training_server.algorithms.build import build_for_run, use_deterministic_torch
+from relayrl_training_server.algorithms.configs import needs
 from relayrl_training_server.batches import build_batch
 from relayrl_training_server.checkpoints import Checkpoint, CheckpointDirectory
 from relayrl_training_server.demand import Demand
 from relayrl_training_server.export import export_graph
 from relayrl_training_server.learner_metrics import LearnerMetrics
 from relayrl_training_server.lease import LEASE_SECONDS, RunLease
-from relayrl_training_server.progress import EpisodeLedger, ProgressFile, write_status
+from relayrl_training_server.progress import STATUS_NAME, EpisodeLedger, ProgressFile, write_status
 from relayrl_training_server.publisher import Lineage, Publisher, Registry
 from relayrl_training_server.reader import SegmentReader
 from relayrl_training_server.sampler import Moment, Sampled, Sampler
@@ -48,6 +49,9 @@ from relayrl_training_server.selections import RolloutSelection, selection_for
 
 LOG = logs.get_logger(__name__)
 TRACER = telemetry.tracer(__name__)
+
+POOL_BYTES = 256 << 20
+"""Undecided trajectories that are held in memory: above it, no more is read than the next batch needs."""
 
 _LINKS = 32  # trajectories that an update's span is linked to, at most
 
@@ -100,7 +104,8 @@ class Learner:
         self.times = times or LearnerTimes()
         self.metrics = LearnerMetrics(metrics or CollectorRegistry())
         self.algorithm = build_for_run(run)
-        self.sampler = Sampler(selection_for(run))
+        demands = needs(run.algorithm, run.hyperparameters)
+        self.sampler = Sampler(selection_for(run), evaluation=demands.evaluation)
         self.ledger = EpisodeLedger()
         self._store = store
         self._registry = registry
@@ -171,17 +176,35 @@ class Learner:
         if not self._may_update():  # nor read: what could not be learned from soon would fill the memory
             stop.wait(self.times.retry_seconds)
             return True
-        segments = self._reader.read_after(self.sampler.read_position)
-        self.sampler.add(segments, time.monotonic())
+        arrived = self._read(stop)
         run_id = self.run_record.run_id
         moment = Moment(self.learner_update, self._store.live_actors(run_id), time.monotonic())
         sampled = self.sampler.batch(moment)
         if sampled is None:
             self._wait_for(moment)
-            self._demand.ask(self.sampler, moment, arrived=bool(segments))
-            return bool(segments)
+            self._demand.ask(self.sampler, moment, arrived=arrived)
+            return arrived
         self._update(sampled)
         return True
+
+    def _read(self, stop: threading.Event) -> bool:
+        """Takes in what is new; under free pacing all of it, since the newest is learned from first (E1)."""
+        to_the_end = self.run_record.pacing == "free"
+        arrived = False
+        while not arrived or (to_the_end and self._has_room() and not stop.is_set()):
+            segments = self._reader.read_after(self.sampler.read_position)
+            if not segments:
+                break
+            self.sampler.add(segments, time.monotonic())
+            arrived = True
+        return arrived
+
+    def _has_room(self) -> bool:
+        """Whether more may be read than a batch needs; what no batch will take makes room."""
+        pool = self.sampler.pool
+        if pool.held_bytes >= POOL_BYTES:
+            self.sampler.drop(Moment(self.learner_update, (), time.monotonic()))
+        return pool.held_bytes < POOL_BYTES
 
     def _wait_for(self, moment: Moment) -> None:
         """Notes what the batch waits for, and since when; without actors there is nothing to wait for."""
@@ -382,7 +405,7 @@ class Learner:
     def write_status(self, state: str) -> None:
         """Replaces status.json."""
         status = {"state": state, "reason": self.failure, "http_port": self.http_port, **self.info()}
-        write_status(self.directory / "status.json", status)
+        write_status(self.directory / STATUS_NAME, status)
 
     def _fail(self, error: Exception) -> None:
         """Notes why the run failed, where the supervisor and people look."""
@@ -392,7 +415,7 @@ class Learner:
             self.write_status("failed")
             self._store.set_run_state(self.run_record.run_id, "failed", self.failure)
         except (OSError, RelayRLError) as note_error:
-            LOG.info("the run's state is the supervisor's to note", reason=str(note_error))
+            LOG.info("the state of the run is for ingest to note", reason=str(note_error))
 
     def _note_trouble(self, what: str, reason: str) -> None:
         if self._trouble.get(what) != reason:

@@ -8,12 +8,13 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from relayrl_shared import http_api, lifecycle, logs, telemetry
-from relayrl_shared.errors import RelayRLError
+from relayrl_shared.errors import ConfigError, RelayRLError
 from relayrl_shared.lifecycle import StopSignal
 from relayrl_shared.registry_client import RegistryClient
 from relayrl_shared.store.interface import Run, TrajectoryStore
 from relayrl_shared.store.open import open_store
 from relayrl_training_server.children import RUN_FAILED_STATUS
+from relayrl_training_server.failures import note_failure
 from relayrl_training_server.learner import Learner, is_passing
 from relayrl_training_server.settings import TrainingServerSettings
 from relayrl_training_server.waiting import when_available
@@ -74,8 +75,14 @@ def _learn(
     stop: StopSignal,
 ) -> int:
     metrics = CollectorRegistry()
+    directory = settings.run_directory(run.run_id)
     try:
-        learner = Learner(run, store, registry, settings.run_directory(run.run_id), metrics=metrics)
+        learner = Learner(run, store, registry, directory, metrics=metrics)
+    except ConfigError as error:
+        LOG.error("the run cannot be learned", run=run.name, reason=str(error))
+        note_failure(store, run.run_id, directory, f"{type(error).__name__}: {error}")
+        return RUN_FAILED_STATUS
+    try:
         app = http_api.create_app(
             "training-server",
             readiness=learner.readiness,

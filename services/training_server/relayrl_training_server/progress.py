@@ -10,7 +10,7 @@ import csv
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -18,8 +18,28 @@ from relayrl_shared.trajectory import TrajectoryMetadata
 
 EPISODES = 100  # the mean return is over so many of the last ones
 _OPEN_EPISODES = 65_536
+STATUS_NAME = "status.json"
 
 Number = float | int | None
+
+
+class _Parts(NamedTuple):
+    """What is there of an episode. `expected`: how many segments it has, None until its end is there."""
+
+    total: float = 0.0
+    steps: int = 0
+    segments: int = 0
+    expected: int | None = None
+
+    def with_one(self, metadata: TrajectoryMetadata) -> _Parts:
+        """These parts and another one."""
+        ended = metadata.terminated or metadata.truncated
+        return _Parts(
+            self.total + metadata.episode_return,
+            self.steps + metadata.steps,
+            self.segments + 1,
+            metadata.segment_index + 1 if ended else self.expected,
+        )
 
 
 class EpisodeLedger:
@@ -29,21 +49,23 @@ class EpisodeLedger:
         self.episodes = 0
         self.returns: deque[float] = deque(maxlen=EPISODES)
         self.lengths: deque[int] = deque(maxlen=EPISODES)
-        self._open: OrderedDict[str, tuple[float, int]] = OrderedDict()
+        self._open: OrderedDict[str, _Parts] = OrderedDict()
 
     def absorb(self, segments: Iterable[TrajectoryMetadata]) -> None:
-        """Counts segments that were decided upon, each once; evaluation does not count."""
+        """Counts segments that were decided upon, each once and in any order; evaluation does not count.
+
+        An episode counts once all its segments are there, from the first to the one that ends it.
+        """
         for metadata in segments:
             if metadata.purpose != "train":
                 continue
-            total, steps = self._open.pop(metadata.episode_id, (0.0, 0))
-            total, steps = total + metadata.episode_return, steps + metadata.steps
-            if metadata.terminated or metadata.truncated:
+            parts = self._open.pop(metadata.episode_id, _Parts()).with_one(metadata)
+            if parts.segments == parts.expected:
                 self.episodes += 1
-                self.returns.append(total)
-                self.lengths.append(steps)
+                self.returns.append(parts.total)
+                self.lengths.append(parts.steps)
             else:
-                self._open[metadata.episode_id] = (total, steps)
+                self._open[metadata.episode_id] = parts
         while len(self._open) > _OPEN_EPISODES:
             self._open.popitem(last=False)
 
@@ -70,7 +92,7 @@ class EpisodeLedger:
         self.episodes = int(state["episodes"])
         self.returns = deque(state["returns"], maxlen=EPISODES)
         self.lengths = deque(state["lengths"], maxlen=EPISODES)
-        self._open = OrderedDict((name, (float(t), int(n))) for name, (t, n) in state["open"].items())
+        self._open = OrderedDict((name, _Parts(*parts)) for name, parts in state["open"].items())
 
 
 class ProgressFile:

@@ -40,6 +40,7 @@ class SegmentReader:
             columns=decode_columns(schema, row.body, row.metadata.steps),
             final_observation=final,
             oldest_update=row.learner_update_range[0],
+            stored_bytes=len(row.body) + len(row.final_observation or b""),
         )
 
     def _schema(self, digest: str) -> RecordSchema:

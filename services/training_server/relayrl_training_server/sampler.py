@@ -60,6 +60,10 @@ class Selection(ABC):
         """A batch whose segments are now the caller's, or why there is none yet."""
 
     @abstractmethod
+    def drop(self, moment: Moment, pool: Pool) -> None:
+        """Passes over what no batch will take any more."""
+
+    @abstractmethod
     def wanted_steps(self, moment: Moment) -> int:
         """How many more steps the next batch wants (contracts E2); 0 if it has all."""
 
@@ -82,16 +86,23 @@ class Pool:
         self.uses: list[Use] = []
         self.settled: list[TrajectoryMetadata] = []
         self.outcomes: Counter[str] = Counter()
+        self.held_bytes = 0
 
     @property
     def cursor(self) -> int:
         """Every position up to here is decided upon; a resume reads on from it."""
         return min(self.undecided) - 1 if self.undecided else self.read_position
 
+    def hold(self, segment: Segment) -> None:
+        """Takes a segment in, undecided."""
+        self.undecided[segment.position] = segment
+        self.held_bytes += segment.stored_bytes
+
     def decide(self, segments: Iterable[Segment], outcome: UseOutcome) -> None:
         """Marks segments of the pool for good."""
         for segment in segments:
             del self.undecided[segment.position]
+            self.held_bytes -= segment.stored_bytes
             self.decided.add(segment.position)
             self.outcomes[outcome] += 1
             self.settled.append(segment.metadata)
@@ -104,18 +115,20 @@ class Pool:
         uses = tuple(sorted(self.uses, key=lambda use: use.position))
         sampled = Sampled(segments, uses, tuple(self.settled))
         self.uses, self.settled = [], []
-        self.decided = {position for position in self.decided if position > self.cursor}
+        cursor = self.cursor
+        self.decided = {position for position in self.decided if position > cursor}
         return sampled
 
     def state(self) -> dict[str, Any]:
         """The cursor and the decided positions above it."""
-        decided = sorted(position for position in self.decided if position > self.cursor)
-        return {"cursor": self.cursor, "decided": decided, "outcomes": dict(self.outcomes)}
+        cursor = self.cursor
+        decided = sorted(position for position in self.decided if position > cursor)
+        return {"cursor": cursor, "decided": decided, "outcomes": dict(self.outcomes)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """An empty pool that reads on from the cursor."""
         self.read_position = int(state["cursor"])
-        self.undecided, self.uses, self.settled = {}, [], []
+        self.undecided, self.uses, self.settled, self.held_bytes = {}, [], [], 0
         self.decided = set(state["decided"])
         self.outcomes = Counter(state["outcomes"])
 
@@ -159,9 +172,13 @@ class Sampler:
     Args:
         selection: how batches are cut.
         guard: finds overlaps.
+        evaluation: whether the algorithm says that it may learn from evaluation and greedy data.
     """
 
-    def __init__(self, selection: Selection, guard: OverlapGuard | None = None) -> None:
+    def __init__(
+        self, selection: Selection, guard: OverlapGuard | None = None, *, evaluation: bool = False
+    ) -> None:
+        self.evaluation = evaluation
         self.selection = selection
         self.guard = guard or OverlapGuard()
         self.pool = Pool()
@@ -179,12 +196,16 @@ class Sampler:
             self.pool.read_position = max(self.pool.read_position, segment.position)
             if segment.position in self.pool.decided or segment.position in self.pool.undecided:
                 continue
-            self.pool.undecided[segment.position] = segment
+            self.pool.hold(segment)
             self.steps_read += segment.metadata.steps
             outcome = self._refused(segment)
             if outcome is not None:
                 self.pool.decide([segment], outcome)
             self.selection.add(segment, outcome is None, now)
+
+    def drop(self, moment: Moment) -> None:
+        """Passes over what no batch will take any more, so that the pool has room to read on."""
+        self.selection.drop(moment, self.pool)
 
     def batch(self, moment: Moment) -> Sampled | None:
         """The next batch with every decision since the last one, or None; then `waiting_for` says why."""
@@ -213,9 +234,9 @@ class Sampler:
 
     def _refused(self, segment: Segment) -> UseOutcome | None:
         """Why no learner may use a segment, if so (contracts B4, B5)."""
-        if segment.metadata.purpose == "evaluate":
+        if segment.metadata.purpose == "evaluate" and not self.evaluation:
             return "evaluation"
-        if bool(segment.columns.greedy.any()):
+        if not self.evaluation and bool(segment.columns.greedy.any()):
             return "greedy"
         return None if self.guard.is_new(segment) else "overlap"
 

@@ -15,6 +15,7 @@ from relayrl_training_server.algorithms.configs import PPOConfig, build_config
 from relayrl_training_server.batches import Segment, follows
 from relayrl_training_server.sampler import Moment, Pool, Selected, Selection
 
+_REMEMBERED_EPISODES = 65_536
 _NAMED = 8  # at most so many actors are named in a readiness message
 
 
@@ -61,24 +62,40 @@ class RolloutSelection(Selection):
             delivery.usable.append(segment)
         self._last_arrival[metadata.actor_id] = now
 
-    def select(self, moment: Moment, pool: Pool) -> Selected:
-        """Rollout `learner_update` of all live actors, once it is complete."""
-        rollout = moment.learner_update
-        for late in [index for index in self._rollouts if index < rollout]:
+    def drop(self, moment: Moment, pool: Pool) -> None:
+        """Passes over rollouts whose update is done."""
+        for late in [index for index in self._rollouts if index < moment.learner_update]:
             for delivery in self._rollouts.pop(late).values():
                 pool.decide(delivery.usable, "stale")
+
+    def select(self, moment: Moment, pool: Pool) -> Selected:
+        """Rollout `learner_update` of all live actors, once it is complete; what is left of it may be empty.
+
+        Above policy lag 0 it goes on without those who are silent, as soon as anybody has shown that this
+        rollout has begun: what is missing may be in quarantine or dropped, and never come.
+        """
+        self.drop(moment, pool)
+        rollout = moment.learner_update
         awaited = [actor for actor in moment.actors if actor.first_rollout_index <= rollout]
         deliveries = self._rollouts.get(rollout, {})
         missing = [actor for actor in awaited if not _is_complete(deliveries, actor)]
         if not awaited:
             return Selected(waiting_for=f"rollout {rollout}: an actor")
         silent = self._silent(missing, moment)
-        if len(silent) < len(missing) or len(silent) == len(awaited):
+        if len(silent) < len(missing) or (missing and not self._has_begun(awaited)):
             return Selected(waiting_for=f"rollout {rollout}: {_names(missing)}")
         self.left_out_total += len(silent)
         segments = [segment for delivery in deliveries.values() for segment in delivery.usable]
         self._rollouts.pop(rollout, None)
-        return Selected(tuple(sorted(segments, key=lambda s: s.position)), found=True)
+        stale = [segment for segment in segments if is_stale(segment, moment, self.max_policy_lag)]
+        pool.decide(stale, "stale")  # acted while nobody could be asked for newer weights (contracts E3)
+        fresh = [segment for segment in segments if not is_stale(segment, moment, self.max_policy_lag)]
+        return Selected(tuple(sorted(fresh, key=lambda s: s.position)), found=True)
+
+    def _has_begun(self, awaited: list[StoredActor]) -> bool:
+        """Whether any of them has delivered of this rollout or a later one."""
+        names = {actor.info.actor_id for actor in awaited}
+        return any(not names.isdisjoint(deliveries) for deliveries in self._rollouts.values())
 
     def wanted_steps(self, moment: Moment) -> int:
         """Rollouts are admitted by their number alone, never by leases."""
@@ -134,12 +151,16 @@ class FreshestSelection(Selection):
         if usable:
             self._segments[segment.position] = segment
 
-    def select(self, moment: Moment, pool: Pool) -> Selected:
-        """The newest segments that fill a batch."""
+    def drop(self, moment: Moment, pool: Pool) -> None:
+        """Passes over what is beyond the lag bound."""
         stale = [s for s in self._segments.values() if is_stale(s, moment, self.max_policy_lag)]
         pool.decide(stale, "stale")
         for segment in stale:
             del self._segments[segment.position]
+
+    def select(self, moment: Moment, pool: Pool) -> Selected:
+        """The newest segments that fill a batch."""
+        self.drop(moment, pool)
         target = self._target(moment)
         chosen: list[Segment] = []
         steps = 0
@@ -217,14 +238,14 @@ class EpisodeSelection(Selection):
     def add(self, segment: Segment, usable: bool, now: float) -> None:
         """Joins it to its episode; an episode with an unusable part is given up."""
         episode_id = segment.metadata.episode_id
-        if not usable:
-            self._given_up[episode_id] = None
-        else:
+        if usable:
             self._open.setdefault(episode_id, _Episode()).add(segment, now)
+        else:
+            self._give_up(episode_id, over=segment.ended and episode_id not in self._open)
 
     def select(self, moment: Moment, pool: Pool) -> Selected:
         """The newest whole episodes, once there are enough."""
-        self._drop(moment, pool)
+        self.drop(moment, pool)
         whole = {name: episode for name, episode in self._open.items() if episode.whole}
         if len(whole) < self.episodes:
             return Selected(waiting_for=f"{self.episodes - len(whole)} of {self.episodes} whole episodes")
@@ -250,7 +271,7 @@ class EpisodeSelection(Selection):
         self._given_up = dict.fromkeys(state["given_up"])
         self.typical_steps = float(state["typical_steps"])
 
-    def _drop(self, moment: Moment, pool: Pool) -> None:
+    def drop(self, moment: Moment, pool: Pool) -> None:
         """Gives up episodes with a stale step, those whose rest does not come, and what belongs to such."""
         for name, episode in list(self._open.items()):
             late = moment.now - episode.last_arrival > self.episode_timeout_seconds and not episode.whole
@@ -260,14 +281,14 @@ class EpisodeSelection(Selection):
                 pool.decide(episode.segments, "incomplete")
             else:
                 continue
-            self._give_up(name, self._open.pop(name))
+            self._give_up(name, over=self._open.pop(name).segments[-1].ended)
 
-    def _give_up(self, name: str, episode: _Episode) -> None:
-        """Remembers the episode until its end has come."""
-        self._given_up[name] = None
-        if episode.segments[-1].ended:
-            del self._given_up[name]
-        while len(self._given_up) > 65_536:
+    def _give_up(self, name: str, *, over: bool) -> None:
+        """Remembers the episode until its end has come, and of very many the last ones."""
+        self._given_up.pop(name, None)
+        if not over:
+            self._given_up[name] = None
+        while len(self._given_up) > _REMEMBERED_EPISODES:
             del self._given_up[next(iter(self._given_up))]
 
 

@@ -30,10 +30,10 @@ from sqlalchemy import (
 )
 
 from relayrl_shared.errors import ConfigError, StoreError, StoreUnavailable
-from relayrl_shared.store import commits, schema, tables
+from relayrl_shared.store import commits, runs, schema, tables
 from relayrl_shared.store.database import Row, lock
 from relayrl_shared.store.gate import Gate
-from relayrl_shared.store.interface import CommitResult, IncomingTrajectory
+from relayrl_shared.store.interface import CommitResult, IncomingTrajectory, RunState
 from relayrl_shared.store.quarantine import QuarantineLimits
 from relayrl_shared.store.sql_store import SqlStore, Writer
 
@@ -311,6 +311,13 @@ class PostgresStore(SqlStore):
 
     def _learner(self, run_id: str) -> PostgresDatabase:
         return self._database
+
+    def set_run_state(self, run_id: str, state: RunState, reason: str = "") -> None:
+        """Any writer may note it here, a learner its failure too (decision 0001)."""
+        if self._writer_of is None:
+            self._check_writer("ingest")
+        with self._database.write() as connection:
+            runs.set_state(connection, run_id, state, reason)
 
     def _commit(self, batch: Sequence[IncomingTrajectory]) -> list[CommitResult]:
         """The bodies go by COPY; after a lost race once more, under the runs' locks and past known ids."""

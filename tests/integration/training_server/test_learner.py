@@ -218,7 +218,7 @@ def test_a_registry_that_is_down_queues_publications(rig: Callable[..., Rig]) ->
 
 
 def test_nothing_is_published_before_its_checkpoint_is_durable(rig: Callable[..., Rig]) -> None:
-    """A disk that is full for a moment holds the update back until its checkpoint is written (contracts G1)."""
+    """A disk that is full for a moment holds the update back until its checkpoint is there (contracts G1)."""
     one = rig()
     checkpoints = one.directory / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)

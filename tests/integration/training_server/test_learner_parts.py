@@ -30,6 +30,7 @@ from relayrl_training_server.algorithms.build import build_algorithm
 from relayrl_training_server.algorithms.configs import complete_hyperparameters
 from relayrl_training_server.demand import PATIENCE_SECONDS, Demand
 from relayrl_training_server.export import export_graph
+from relayrl_training_server.learner import Learner
 from relayrl_training_server.lease import RunLease
 from relayrl_training_server.publisher import Lineage, Publisher
 from relayrl_training_server.reader import SegmentReader
@@ -211,24 +212,25 @@ def test_runs_without_leases_ask_for_nothing(store: TrajectoryStore, changes: di
 SCHEMA = RecordSchema(observation=OBSERVATION, action=ACTION)
 
 
-def commit(store: TrajectoryStore, body: bytes | None = None, schema_digest: str | None = None) -> None:
-    """Stores one segment of four steps."""
+def commit(
+    store: TrajectoryStore, body: bytes | None = None, schema_digest: str | None = None, count: int = 1
+) -> None:
+    """Stores segments of four steps, each an episode of its own."""
     known = arrow_codec.schema_digest(SCHEMA)
     body = arrow_codec.encode_columns(SCHEMA, make_columns(4)) if body is None else body
     observation: dict[str, Any] = {"observation": np.ones(3, dtype=np.float32)}
     final = arrow_codec.encode_final_observation(SCHEMA, FinalObservation(observation, {}))
-    metadata = make_metadata(
-        4, schema_digest=schema_digest or known, body_digest=arrow_codec.body_digest(body, final)
-    )
+    digests = {"schema_digest": schema_digest or known, "body_digest": arrow_codec.body_digest(body, final)}
     store.commit(
         [
             IncomingTrajectory(
-                metadata=metadata,
+                metadata=make_metadata(4, episode_index=index, sequence=index + 1, **digests),
                 body=body,
                 final_observation=final,
                 policy_version_range=None,
                 learner_update_range=(3, 5),
             )
+            for index in range(count)
         ]
     )
 
@@ -253,6 +255,19 @@ def test_a_missing_schema_is_named(store: TrajectoryStore) -> None:
 
     with pytest.raises(InvalidTrajectory, match="unknown"):
         SegmentReader(store, "run").read_after(0)
+
+
+@pytest.mark.parametrize(("pacing", "expected"), [("free", 600), ("block", 256)])
+def test_under_free_pacing_the_backlog_is_read_to_its_end(
+    store: TrajectoryStore, tmp_path: Path, pacing: str, expected: int
+) -> None:
+    """The newest is learned from first, so that it must be known; rollouts come page by page (E1)."""
+    store.put_schema(arrow_codec.schema_digest(SCHEMA), arrow_codec.encode_schema(SCHEMA))
+    commit(store, count=600)
+    learner = Learner(make_run(pacing=pacing), store, MemoryRegistry(), tmp_path / "run")
+
+    assert learner._read(threading.Event())
+    assert learner.sampler.read_position == expected
 
 
 # ---- publisher

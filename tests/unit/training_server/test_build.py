@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from relayrl_shared.errors import ConfigError
-from relayrl_training_server.algorithms.build import build_algorithm, use_deterministic_torch
-from relayrl_training_server.algorithms.configs import ALGORITHMS
+from relayrl_shared.policy.manifest import GraphOutputs
+from relayrl_training_server.algorithms.build import build_algorithm, check_needs, use_deterministic_torch
+from relayrl_training_server.algorithms.configs import ALGORITHMS, complete_hyperparameters, needs
 from relayrl_training_server.testing.segments import ACTION, BOX_ACTION, OBSERVATION
 
 
@@ -51,3 +52,12 @@ def test_deterministic_torch_has_one_thread() -> None:
 
     assert torch.get_num_threads() == 1
     assert torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_policy_that_cannot_feed_its_algorithm_is_refused() -> None:
+    """PPO needs log-probabilities of what acted, REINFORCE does not (contracts B2)."""
+    deterministic = GraphOutputs(behaviour_log_prob=False, leaf_log_prob=False, value=False)
+    demands = {name: needs(name, complete_hyperparameters(name, {})) for name in ALGORITHMS}
+    check_needs("REINFORCE", demands["REINFORCE"], deterministic)
+    with pytest.raises(ConfigError, match="behaviour_log_prob"):
+        check_needs("PPO", demands["PPO"], deterministic)

@@ -31,6 +31,18 @@ def test_returns_are_put_together_from_segments() -> None:
     assert ledger.describe() == {"episodes": 2, "mean_return": 1.75, "mean_episode_steps": 4.5}
 
 
+def test_an_end_that_is_decided_first_waits_for_its_beginning() -> None:
+    """Newest first, the end of an episode may come before the rest of it; it counts once, and whole."""
+    ledger = EpisodeLedger()
+    ledger.absorb([make_metadata(1, segment_index=2, episode_return=4.0, terminated=True)])
+    ledger.absorb([make_metadata(2, segment_index=1, episode_return=2.0)])
+    before = ledger.episodes
+    ledger.absorb([make_metadata(3, segment_index=0, episode_return=1.0)])
+
+    assert before == 0
+    assert ledger.describe() == {"episodes": 1, "mean_return": 7.0, "mean_episode_steps": 6.0}
+
+
 def test_before_the_first_episode_there_is_no_mean() -> None:
     """None, never 0 or NaN."""
     assert EpisodeLedger().describe() == {"episodes": 0, "mean_return": None, "mean_episode_steps": None}

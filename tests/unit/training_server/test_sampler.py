@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -49,6 +50,35 @@ def test_evaluation_and_greedy_data_are_never_sampled() -> None:
     )
 
     assert outcomes(sample(sampler)) == {1: "evaluation", 2: "greedy", 3: "used"}
+
+
+def test_an_algorithm_that_declares_it_learns_from_evaluation() -> None:
+    """Then such data is as good as any (contracts B5)."""
+    sampler = Sampler(FreshestSelection(1, 1, 8), evaluation=True)
+    sampler.add(
+        [
+            make_segment(4, position=1, episode_index=1, purpose="evaluate"),
+            make_segment(4, position=2, episode_index=2, columns={"greedy": np.ones(4, dtype=np.bool_)}),
+        ],
+        now=0.0,
+    )
+
+    assert outcomes(sample(sampler)) == {1: "used", 2: "used"}
+
+
+def test_held_bytes_follow_what_is_undecided() -> None:
+    """What is passed over or learned from makes room for more."""
+    sampler = freshest()
+    held = [replace(segment, stored_bytes=100) for segment in one_step_episodes([1, 2, 3])]
+    sampler.add([held[0], replace(held[1], oldest_update=4), replace(held[2], oldest_update=5)], now=0.0)
+    before = sampler.pool.held_bytes
+    sampler.drop(Moment(5, [], 0.0))
+    dropped = sampler.pool.held_bytes
+    sample(sampler, 5)
+
+    assert (before, dropped, sampler.pool.held_bytes) == (300, 200, 100)
+    sampler.restore(sampler.state())
+    assert sampler.pool.held_bytes == 0
 
 
 def test_overlapping_steps_are_found() -> None:

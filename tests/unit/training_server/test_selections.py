@@ -136,11 +136,47 @@ def test_an_actor_that_delivers_is_not_silent() -> None:
 
 
 def test_when_all_are_silent_it_waits() -> None:
-    """A batch needs at least one actor's whole rollout, however long it takes."""
+    """While nobody has begun the rollout there is nothing to go on with, however long it takes."""
     sampler = rollouts(lag=1, timeout_seconds=1.0)
-    sampler.add([part(1, 0, 0)], 0.0)
+    sampler.add([part(1, 0, 0, count=1), part(2, 1, 0, count=1)], 0.0)
+    ask(sampler, 0)
 
-    assert [ask(sampler, 0, now=now) for now in (0.0, 100.0)] == [None, None]
+    assert [ask(sampler, 1, now=now) for now in (0.0, 100.0)] == [None, None]
+
+
+@pytest.mark.parametrize("update", [0, 1])
+def test_a_segment_that_never_comes_does_not_stop_the_run(update: int) -> None:
+    """Every actor's segment may be in quarantine; once all are silent the rest of the rollout is taken."""
+    sampler = rollouts(lag=1, timeout_seconds=10.0)
+    sampler.add([part(1, 0, 0, count=2, episode=1), part(2, 1, 0), part(3, 0, 1, count=1, episode=2)], 0.0)
+    early = [ask(sampler, 0, now=now) for now in (0.0, 10.0)]
+    taken = [positions(ask(sampler, 0, now=11.0))]
+    if update:
+        ask(sampler, 1, now=12.0)
+        taken = [positions(ask(sampler, 1, now=23.0))]
+
+    assert early == [None, None]
+    assert taken == [[[1, 2], [3]][update]]
+
+
+def test_a_rollout_of_which_nothing_came_is_empty() -> None:
+    """Later data shows that it was played; its update learns from nothing instead of waiting for ever."""
+    sampler = rollouts(lag=1, timeout_seconds=10.0)
+    sampler.add([part(1, 0, 1, count=1)], 0.0)
+    ask(sampler, 0, now=0.0, actors=[make_actor(0)])
+
+    assert positions(ask(sampler, 0, now=11.0, actors=[make_actor(0)])) == []
+    assert positions(ask(sampler, 1, now=11.0, actors=[make_actor(0)])) == [1]
+
+
+def test_a_rollout_of_old_weights_is_stale() -> None:
+    """After a time without registry or learner, what acted beyond the lag bound is passed over (E1, E3)."""
+    sampler = rollouts(lag=1)
+    sampler.add([part(1, 0, 5, count=1, oldest_update=3), part(2, 1, 5, count=1, oldest_update=4)], 0.0)
+    sampled = ask(sampler, 5)
+
+    assert positions(sampled) == [2]
+    assert outcome_of(sampled, 1) == "stale"
 
 
 def test_actors_that_joined_later_are_not_waited_for() -> None:
@@ -323,6 +359,19 @@ def test_an_unusable_part_spoils_the_episode() -> None:
 
     assert positions(sampled) == [3]
     assert (outcome_of(sampled, 1), outcome_of(sampled, 2)) == ("incomplete", "evaluation")
+
+
+def test_episodes_that_were_only_evaluated_are_forgotten() -> None:
+    """A run that evaluates for ever keeps nothing of the episodes that are over."""
+    sampler = episodes()
+    for p in range(1, 20, 2):
+        first = make_segment(4, position=p, episode_index=p, purpose="evaluate")
+        rest: dict[str, Any] = {"segment_index": 1, "first_step_index": 4, "terminated": True}
+        sampler.add(
+            [first, make_segment(4, position=p + 1, episode_index=p, purpose="evaluate", **rest)], 0.0
+        )
+
+    assert sampler.selection.state()["given_up"] == []
 
 
 def test_wanted_steps_follow_the_episodes_seen() -> None:
