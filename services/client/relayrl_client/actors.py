@@ -341,6 +341,19 @@ class ActorTable:
         """Rows and details of all actors."""
         return [(row, detail) for row, detail in enumerate(self.details) if detail is not None]
 
+    def phases(self, selection: Selection) -> NDArray[np.uint8]:
+        """The phases of these actors now; uint8 [B]."""
+        return self.columns.phase[selection.rows]
+
+    def set_seeds(self, actor_ids: Sequence[str], seeds: Sequence[int]) -> None:
+        """Note what the environments of these actors were seeded with, for the record.
+
+        Raises:
+            UnknownActor: there is no actor of that id.
+        """
+        for actor_id, seed in zip(actor_ids, seeds, strict=True):
+            self.detail(self.row(actor_id)).seed = seed
+
     # -- selections ------------------------------------------------------------------------------------
 
     def select(self, actor_ids: str | Sequence[str] | Selection) -> Selection:

@@ -101,10 +101,14 @@ class VectorStepper:
         """Ticks without a step after each end."""
         return 1 if self.mode is AutoresetMode.NEXT_STEP else 0
 
+    @property
+    def seeds_each(self) -> bool:
+        """Whether each environment takes a seed of its own; else one, the first, is for all."""
+        return isinstance(self.env.unwrapped, SyncVectorEnv | AsyncVectorEnv)
+
     def reset(self, seeds: list[int]) -> None:
         """Begin episodes in all environments, each with its own seed."""
-        each = isinstance(self.env.unwrapped, SyncVectorEnv | AsyncVectorEnv)
-        observation, info = self.env.reset(seed=list(seeds) if each else seeds[0])
+        observation, info = self.env.reset(seed=list(seeds) if self.seeds_each else seeds[0])
         self.resetting[:] = False
         self._observe(observation, info)
 

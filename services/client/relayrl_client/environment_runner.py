@@ -19,7 +19,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 
-from relayrl_client.actors import Selection
+from relayrl_client.actors import PENDING, Selection
 from relayrl_client.agent import Agent
 from relayrl_client.autoreset import (
     MASK_KEY,
@@ -118,7 +118,13 @@ class EnvironmentRunner:
         self._returns = np.zeros(count)
         self._lengths = np.zeros(count, np.int64)
         self._started = False
-        self._retrying = False  # the last request failed: its rewards were written
+        self._failed = False  # the last request: its rewards may have been written
+        self._chosen: Any = None  # actions that the environment has not taken yet
+        self._unended: Transition | None = None  # its ends are not recorded yet
+        runtime = agent.runtime
+        with runtime.recorder.lock:
+            each = self._seeds if self._stepper.seeds_each else self._seeds[:1] * count
+            runtime.table.set_seeds(self.actor_ids, each)
 
     def run(
         self,
@@ -141,7 +147,8 @@ class EnvironmentRunner:
 
         Raises:
             ConfigError: no limit was given at all.
-            PacingTimeout, RelayRLError: what acting raised; a further `run` goes on where it stood.
+            PacingTimeout, RelayRLError: what acting raised; a further `run` goes on where it stood: it steps
+                with the actions that were chosen, and records what was not recorded, once.
         """
         if steps is None and episodes is None and stop is None:
             raise ConfigError("run() without an end: pass steps, episodes or stop")
@@ -167,18 +174,26 @@ class EnvironmentRunner:
             self.agent.remove_actors(self.actor_ids)
 
     def _tick(self, on_episode: Callable[[EpisodeSummary], None] | None) -> None:
+        if self._unended is None:
+            self._step()
+        if self._unended is not None:
+            self._end(self._unended, on_episode)
+
+    def _step(self) -> None:
         stepper, statistics = self._stepper, self.statistics
         acting = ~stepper.resetting
         count = int(np.count_nonzero(acting))
-        actions = self._act_all() if count == stepper.count else self._act_some(acting, count)
-        transition = stepper.step(actions)
+        if self._chosen is None:
+            self._chosen = self._act_all() if count == stepper.count else self._act_some(acting, count)
+        transition = stepper.step(self._chosen)
+        self._chosen = None
         statistics.ticks += 1
         statistics.steps += count
         self._rewards = np.where(acting, transition.reward, 0.0)
         self._returns += self._rewards
         self._lengths += acting
         if transition.ended.any():
-            self._end(transition, on_episode)
+            self._unended = transition
 
     def _act_all(self) -> Any:
         observation, mask = self._stepper.observation, self._stepper.mask
@@ -203,24 +218,30 @@ class EnvironmentRunner:
     def _request(
         self, selection: Selection, observation: dict[str, NDArray[Any]], mask: Any, rewards: NDArray[Any]
     ) -> Any:
-        retrying, self._retrying = self._retrying, True
-        result = self.agent.request_action(
-            selection, observation, mask, None if retrying else rewards, greedy=self._greedy
-        )
-        self._retrying = False
+        given: Any = rewards
+        if self._failed:
+            pending = self.agent.runtime.table.phases(selection) & PENDING
+            given = [
+                None if is_written else reward for is_written, reward in zip(pending, rewards, strict=True)
+            ]
+        self._failed = True
+        result = self.agent.request_action(selection, observation, mask, given, greedy=self._greedy)
+        self._failed = False
         return result
 
     def _end(self, transition: Transition, on_episode: Callable[[EpisodeSummary], None] | None) -> None:
         ended = transition.ended
         selection = self._all.where(ended)
-        self.agent.end_episode(
-            selection,
-            self._rewards[ended],
-            terminated=transition.terminated[ended],
-            truncated=transition.truncated[ended],
-            final_observation=transition.final_observation,
-            final_action_mask=transition.final_mask,
-        )
+        if self.agent.runtime.table.phases(selection).any():  # else an end that raised after it was recorded
+            self.agent.end_episode(
+                selection,
+                self._rewards[ended],
+                terminated=transition.terminated[ended],
+                truncated=transition.truncated[ended],
+                final_observation=transition.final_observation,
+                final_action_mask=transition.final_mask,
+            )
+        self._unended = None
         positions = np.flatnonzero(ended).tolist()
         summaries = [
             EpisodeSummary(

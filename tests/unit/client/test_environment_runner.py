@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import numpy as np
@@ -14,7 +14,13 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from relayrl_client.environment_runner import EnvironmentRunner, EpisodeSummary, evaluate
 from relayrl_client.segments import ClosedSegment
 from relayrl_client.testing import CountingEnvironment, counting_vector, offline_agent, total_steps
-from relayrl_shared.errors import ConfigError, InvalidActionMask, PacingTimeout
+from relayrl_shared.errors import (
+    ConfigError,
+    InvalidActionMask,
+    InvalidObservation,
+    PacingTimeout,
+    SpoolError,
+)
 
 MODES = list(AutoresetMode)
 
@@ -370,6 +376,100 @@ def test_after_a_pacing_timeout_the_runner_goes_on() -> None:
         check_rows(segment)
         check_end(segment)
     assert runner.statistics.steps == 36
+
+
+class Interrupted(Exception):
+    """What an application's own code may raise."""
+
+
+def once(call: Any, error: Exception, *, at: int = 0) -> Any:
+    """The call, but that it raises instead the given time."""
+    left = [at]
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] == -1:
+            raise error
+        return call(*args, **kwargs)
+
+    return guarded
+
+
+def check_all(delivery: Any, runner: EnvironmentRunner, steps: int) -> None:
+    """Every step that the environment took is recorded once, with its own reward."""
+    for segment in delivery.segments:
+        check_rows(segment)
+        check_end(segment)
+    assert runner.statistics.steps == steps
+    assert total_steps(delivery.segments) == steps - delivery_dropped(runner)
+
+
+def delivery_dropped(runner: EnvironmentRunner) -> int:
+    """Steps whose reward was unknown at the end of the agent."""
+    return sum(1 for length in runner._lengths if length)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+@pytest.mark.parametrize("at", range(4))
+def test_after_a_call_that_was_refused_the_rewards_are_passed_again(mode: AutoresetMode, at: int) -> None:
+    """An error before anything was written leaves no actor pending."""
+    env = counting_vector(2, mode)
+    agent, delivery = offline_agent(env, actor_count=2, masked=True)
+    with agent:
+        runner = EnvironmentRunner(agent, env)
+        begin = agent.runtime.recorder.begin
+        agent.runtime.recorder.begin = once(begin, InvalidObservation("NaN"), at=at)  # type: ignore[method-assign]
+        with pytest.raises(InvalidObservation):
+            runner.run(steps=20)
+        runner.run(steps=20 - runner.statistics.steps)
+    check_all(delivery, runner, 20)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+@pytest.mark.parametrize("at", range(4))
+def test_after_an_environment_that_raised_the_same_actions_are_taken(mode: AutoresetMode, at: int) -> None:
+    """No step gets the reward of the one before."""
+    env = counting_vector(2, mode)
+    agent, delivery = offline_agent(env, actor_count=2, masked=True)
+    with agent:
+        runner = EnvironmentRunner(agent, env)
+        env.step = once(env.step, Interrupted(), at=at)  # type: ignore[method-assign]
+        with pytest.raises(Interrupted):
+            runner.run(steps=20)
+        runner.run(steps=20 - runner.statistics.steps)
+    check_all(delivery, runner, 20)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_after_an_end_that_raised_it_is_recorded_once(mode: AutoresetMode, is_recorded: bool) -> None:
+    """Before it was recorded it is told again; afterwards its rewards are not told to the next episode."""
+    env = counting_vector(2, mode)
+    agent, delivery = offline_agent(env, actor_count=2, masked=True)
+    with agent:
+        runner = EnvironmentRunner(agent, env)
+        if is_recorded:
+            delivery.submit = once(delivery.submit, SpoolError("gone"))  # type: ignore[method-assign]
+        else:
+            agent.end_episode = once(agent.end_episode, SpoolError("gone"))  # type: ignore[method-assign]
+        summaries: list[EpisodeSummary] = []
+        with pytest.raises(SpoolError):
+            runner.run(steps=30, on_episode=summaries.append)
+        runner.run(steps=30 - runner.statistics.steps, on_episode=summaries.append)
+    check_all(delivery, runner, 30)
+    assert len(summaries) == sum(s.metadata.terminated or s.metadata.truncated for s in delivery.segments)
+
+
+def test_the_seeds_of_the_environments_are_in_the_record() -> None:
+    """Each actor's segments carry what its own environment was reset with."""
+    env = counting_vector(2, AutoresetMode.SAME_STEP)
+    agent, delivery = offline_agent(env, actor_count=2, masked=True)
+    with agent:
+        EnvironmentRunner(agent, env, seed=5).run(steps=20)
+        ids = agent.get_actor_ids()
+    given = [cast("CountingEnvironment", inner).seeds[0] for inner in env.envs]
+    assert [delivery.of(actor)[0].metadata.seed for actor in ids] == given
+    assert len(set(given)) == 2
 
 
 def test_a_stop_event_ends_the_run() -> None:
