@@ -8,8 +8,8 @@
         algorithm="PPO",
     ).build()
 
-Precedence: options > environment (`RELAYRL_CLIENT__…`) > `config_path` > defaults. A combination that makes no
-sense is refused by `build`, with the reason.
+Precedence: options > environment (`RELAYRL_CLIENT__…`) > `config_path` > defaults. A combination that makes
+no sense is refused by `build`, with the reason.
 """
 
 from __future__ import annotations

@@ -134,6 +134,10 @@ class SendWindow:
         for parcel in self._held.pop(digest, []):
             heapq.heappush(self._waiting, parcel)
 
+    def withdraw(self, digest: str) -> list[Parcel]:
+        """Takes the parcels of a schema out for good; whoever calls says `done` of each."""
+        return self._held.pop(digest, [])
+
     def _land(self, parcel: Parcel) -> None:
         if self._in_flight.pop(parcel.order, None) is not None:
             self._in_flight_bytes -= parcel.entry.size_bytes

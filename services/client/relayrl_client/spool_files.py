@@ -152,9 +152,12 @@ class SegmentFile:
         """The bytes of a record.
 
         Raises:
-            SpoolError: they are not there any more.
+            SpoolError: they are not there any more, or the disk does not give them.
         """
-        data = os.pread(self.descriptor, size, offset)
+        try:
+            data = os.pread(self.descriptor, size, offset)
+        except OSError as exc:
+            raise SpoolError(f"{self.path} cannot be read at {offset}: {exc}") from exc
         if len(data) != size:
             raise SpoolError(f"{self.path} lost a record at {offset}; was the file changed from outside?")
         return data

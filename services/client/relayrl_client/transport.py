@@ -24,10 +24,12 @@ from relayrl_client.spool_index import SpoolEntry
 from relayrl_shared.arrow_codec import RecordCodec, body_digest, encode_schema, schema_digest
 from relayrl_shared.errors import (
     ContractError,
+    FrameError,
+    MessageTooLarge,
     Overloaded,
-    ProtocolVersionError,
     RelayRLError,
     SpoolError,
+    UnknownRun,
 )
 from relayrl_shared.messages import Ack, AnyMessage, Nack, Ok, PutSchema, PutTrajectory
 from relayrl_shared.sockets import Peer
@@ -272,9 +274,13 @@ class TrajectorySender:
             self._let_go(parcel)
 
     def _fail(self, parcel: Parcel, error: RelayRLError) -> None:
-        """An error in place of an answer: sent again, unless no server could ever take it."""
-        if isinstance(error, ContractError) and not isinstance(error, ProtocolVersionError):
-            self._reject(parcel, f"{error.code}: {error}")
+        """An error in place of an answer: sent again, unless no server could ever take it.
+
+        What is wrong with a trajectory comes as a nack. Other errors of the contract may come of bytes that
+        were damaged on the way, there or back.
+        """
+        if isinstance(error, MessageTooLarge | UnknownRun):
+            self._reject(parcel, f"{error.code}: {error}", run_is_gone=isinstance(error, UnknownRun))
         else:
             after = error.retry_after_seconds if isinstance(error, Overloaded) else None
             self._retry(parcel, f"{error.code}: {error}", after)
@@ -347,6 +353,12 @@ class TrajectorySender:
     def _handle_schema_reply(
         self, digest: str, message: AnyMessage | None, error: RelayRLError | None
     ) -> None:
+        if isinstance(error, MessageTooLarge) or (
+            isinstance(error, ContractError) and not isinstance(error, FrameError)
+        ):
+            for parcel in self._window.withdraw(digest):  # the same schema would be refused for ever
+                self._reject(parcel, f"the server refuses schema {digest}: {error}")
+            return
         if not isinstance(message, Ok):
             self._count.last_error = f"schema {digest}: {error or message}"
             self._window.pause(time.monotonic())

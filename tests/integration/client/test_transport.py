@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,14 @@ from relayrl_client.segments import ClosedSegment
 from relayrl_client.spool import Spool
 from relayrl_client.transport import TrajectorySender, TransportSink
 from relayrl_shared.arrow_codec import body_digest, decode_columns, encode_schema, schema_digest
-from relayrl_shared.errors import InvalidTrajectory, MessageTooLarge, Overloaded, StoreUnavailable
+from relayrl_shared.errors import (
+    FrameError,
+    InvalidTrajectory,
+    MessageTooLarge,
+    Overloaded,
+    RunMismatch,
+    StoreUnavailable,
+)
 from relayrl_shared.messages import Ack, AnyMessage, Limits, Nack, Ok, PutSchema, PutTrajectory
 from relayrl_shared.sockets import Incoming, Peer, RouterServer
 from relayrl_shared.store.open import open_store
@@ -38,6 +46,7 @@ class Store:
         self.schemas: dict[str, bytes] = {}
         self.tries: dict[str, int] = {}
         self.most_at_once = 0
+        self.schema_refusal: Exception | None = None
 
 
 class TrajectoryServer:
@@ -69,6 +78,8 @@ class TrajectoryServer:
     def _answer(self, incoming: Incoming) -> AnyMessage | Exception | None:
         message = incoming.message
         if isinstance(message, PutSchema):
+            if self.store.schema_refusal is not None:
+                return self.store.schema_refusal
             self.store.schemas[message.digest] = bytes(incoming.payload[0])
             return Ok()
         assert isinstance(message, PutTrajectory)
@@ -290,6 +301,65 @@ def test_unknown_schema_is_sent_once_and_the_rest_waits(
     assert sum(store.tries.values()) <= 48  # the window that was out at first, twice
 
 
+def test_what_needs_a_refused_schema_moves_to_rejected(
+    store: Store, serve: Callable[..., TrajectoryServer], connect: Callable[..., TransportSink]
+) -> None:
+    """A schema that the server will never take does not hold up the rest, nor is it sent for ever."""
+    store.schema_refusal = InvalidTrajectory("a leaf has no name", "schema")
+    sink = connect(
+        serve(
+            lambda metadata, tries: nack(metadata, "unknown_schema", 0.0) if metadata.sequence < 4 else None
+        ).address
+    )
+
+    written = write(sink, 5)
+
+    assert sink.drain(30)
+    assert [metadata.sequence for metadata in store.order] == [4, 5]
+    assert sink.sender.statistics().rejected_total == 3
+    reason = sink.spool.path / "rejected" / f"{written[0]}.json"
+    assert "a leaf has no name" in reason.read_text()
+
+
+@pytest.mark.parametrize("error", [FrameError("garbled"), InvalidTrajectory("garbled"), RunMismatch("no")])
+def test_an_error_in_place_of_an_answer_is_sent_again(
+    error: Exception,
+    store: Store,
+    serve: Callable[..., TrajectoryServer],
+    connect: Callable[..., TransportSink],
+) -> None:
+    """Bytes that were damaged on the way say nothing of the trajectory."""
+    sink = connect(serve(lambda metadata, tries: error if tries == 1 else None).address)
+
+    write(sink, 2)
+
+    assert sink.drain(30)
+    assert len(store.order) == 2
+    assert sink.sender.statistics().rejected_total == 0
+
+
+def test_a_disk_that_fails_to_read_does_not_end_the_sender(
+    store: Store, serve: Callable[..., TrajectoryServer], tmp_path: Path
+) -> None:
+    """The entry counts as dropped, and those after it are sent."""
+    spool = Spool(tmp_path, "spool", memory_bytes=0, segment_bytes=1)
+    sender = TrajectorySender(Peer(serve().address))
+    sender.pause()
+    sink = TransportSink(SCHEMA, spool, sender)
+    write(sink, 3)
+    assert sink.flush(30)
+    second = spool.listen(lambda entries: None)[1].segment
+    readable, second.descriptor = second.descriptor, os.open(second.path, os.O_WRONLY)
+    os.close(readable)
+
+    sender.resume()
+
+    assert sink.drain(30)
+    assert [metadata.sequence for metadata in store.order] == [1, 3]
+    assert spool.report("run").dropped == ((2, 2),)
+    sink.close()
+
+
 def test_terminal_nack_frees_the_entry(
     store: Store, serve: Callable[..., TrajectoryServer], connect: Callable[..., TransportSink]
 ) -> None:
@@ -310,10 +380,10 @@ def test_terminal_nack_frees_the_entry(
 def test_what_no_server_takes_moves_to_rejected(
     answer: str, store: Store, serve: Callable[..., TrajectoryServer], connect: Callable[..., TransportSink]
 ) -> None:
-    """A run that is gone, or an error of the contract, moves the trajectory aside with the reason."""
+    """A run that is gone, or a message above the server's limit, moves the trajectory aside."""
     server = serve(
         lambda metadata, tries: (
-            nack(metadata, "unknown_run") if answer == "unknown_run" else InvalidTrajectory("never")
+            nack(metadata, "unknown_run") if answer == "unknown_run" else MessageTooLarge("never")
         )
     )
     sink = connect(server.address)
@@ -325,7 +395,7 @@ def test_what_no_server_takes_moves_to_rejected(
     assert (sink.spool.path / "rejected" / f"{written}.json").exists()
 
 
-@pytest.mark.parametrize("fault", ["error", "too large", "schema missing"])
+@pytest.mark.parametrize("fault", ["too large", "schema missing"])
 def test_the_audit_explains_what_was_rejected_in_a_living_run(
     fault: str,
     tmp_path: Path,
@@ -337,7 +407,7 @@ def test_the_audit_explains_what_was_rejected_in_a_living_run(
     def decide(metadata: TrajectoryMetadata, tries: int) -> AnyMessage | Exception | None:
         if fault == "schema missing":
             return nack(metadata, "unknown_schema", 0.0)
-        return InvalidTrajectory("never") if fault == "error" else MessageTooLarge("never")
+        return MessageTooLarge("never")
 
     sink = connect(serve(decide).address)
     written = segment(0)
