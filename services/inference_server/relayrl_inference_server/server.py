@@ -207,6 +207,11 @@ class InferenceServer:
 
     # -- any thread
 
+    def refuse_parked(self) -> None:
+        """Sends those away whose policy will not be loaded any more."""
+        for selector in list(self._parked):
+            self.on_loaded(selector, None, Draining("this inference server stops; ask another one"))
+
     def counters(self) -> ServingCounters:
         """The counters now."""
         return total((self._counters, self._loader_counters))

@@ -92,6 +92,8 @@ class InferenceService:
         self.server.draining = True
         LOG.info("draining", seconds=self._settings.drain_seconds)
         end.wait(self._settings.drain_seconds)
+        self.pool.close()  # its loaders answer what is parked with them, while the socket still sends
+        self.server.refuse_parked()
         end.set()
         self.router.wake()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import msgspec
@@ -12,7 +14,7 @@ import pytest
 import zmq
 
 from relayrl_inference_server.service import InferenceService
-from relayrl_inference_server.settings import BatchingSettings, LimitSettings
+from relayrl_inference_server.settings import BatchingSettings, InferenceServerSettings, LimitSettings
 from relayrl_shared import frames, messages
 from relayrl_shared.errors import (
     ContractError,
@@ -22,6 +24,7 @@ from relayrl_shared.errors import (
     InvalidObservation,
     MessageTooLarge,
     Overloaded,
+    PeerLost,
     PeerTimeout,
     RelayRLError,
     SpecMismatch,
@@ -30,9 +33,10 @@ from relayrl_shared.errors import (
 )
 from relayrl_shared.messages import AnyMessage, LeafHeader, RequestActions
 from relayrl_shared.registry_client import RegistryClient
+from relayrl_shared.settings import Address, HttpSettings
 from relayrl_shared.sockets import Peer
 
-from .conftest import Arrays, Asker, OpenServer, artefact, assert_acted, inputs
+from .conftest import Arrays, Asker, OpenServer, artefact, assert_acted, inputs, running
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -306,6 +310,48 @@ def test_draining_server_refuses_new_requests_by_name(asker: Asker, server: Infe
     with pytest.raises(Draining):
         asker.ask(inputs(1))
     assert server.readiness()["serving"] == "draining"
+
+
+def test_a_drain_answers_what_waits_for_policies(free_port: Any) -> None:
+    """Requests whose policies are being loaded, or wait for that, are answered before the socket closes."""
+    nowhere = Address(port=free_port())
+    answers: queue.SimpleQueue[RelayRLError | None] = queue.SimpleQueue()
+    with ExitStack() as ending:
+        stop, service = open_stoppable(ending, nowhere)
+        with Peer(f"tcp://127.0.0.1:{service.router.port}") as peer:
+            headers, packed = frames.pack_leaves(inputs(1))
+            for policy in ("a", "b", "c", "d"):
+                request = RequestActions(policy=policy, rows=1, leaves=headers, timeout_seconds=30.0)
+                peer.submit(
+                    request,
+                    (packed,),
+                    timeout_seconds=20.0,
+                    on_reply=lambda message, payload, error: answers.put(error),
+                )
+            while service.server.queued_requests < 4:
+                threading.Event().wait(0.01)
+            stop.set()
+            errors = [answers.get(timeout=10) for _ in range(4)]
+
+    kinds = {type(error) for error in errors}
+    assert Draining in kinds
+    assert all(isinstance(error, RelayRLError) for error in errors)
+    assert PeerLost not in kinds
+
+
+def open_stoppable(ending: ExitStack, registry: Address) -> tuple[threading.Event, InferenceService]:
+    """A server of its own, and what stops it."""
+    service = InferenceService(
+        InferenceServerSettings(
+            inference_server=Address(port=0),
+            http=HttpSettings(port=0),
+            model_server=registry,
+            model_announcer=registry,
+            registry_timeout_seconds=1.0,
+            drain_seconds=0.0,
+        )
+    )
+    return ending.enter_context(running(service)), service
 
 
 def test_deadline_that_passed_in_the_queue_is_answered_so(asker: Asker, server: InferenceService) -> None:
