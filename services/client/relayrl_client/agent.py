@@ -258,8 +258,13 @@ class Agent:
         """Forget an actor; see `remove_actors`."""
         self.remove_actors([actor_id])
 
-    def remove_actors(self, actor_ids: Sequence[str]) -> None:
+    def remove_actors(self, actor_ids: Sequence[str], *, keep_trajectories: bool = False) -> None:
         """Forget actors. Their open segments close without the step whose reward is unknown (contracts A5).
+
+        Args:
+            actor_ids: of the actors.
+            keep_trajectories: leave what the memory sink holds of them there; else it is let go, so that
+                actors that come and go do not fill the memory. Files and the server keep theirs.
 
         Raises:
             UnknownActor: there is no such actor; none was removed.
@@ -267,6 +272,9 @@ class Agent:
         """
         runtime = self.runtime
         removed = runtime.coordinator.remove(actor_ids)
+        forget = getattr(runtime.delivery, "forget", None)
+        if forget is not None and not keep_trajectories:
+            forget([detail.actor_id for detail in removed])
         announced = [detail.actor_id for detail in removed if is_announced(detail)]
         if runtime.session is not None and announced:
             runtime.session.change_actors(removed=announced)

@@ -10,6 +10,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -68,16 +69,18 @@ class RoutedDelivery:
             Overloaded: the queue is full, and the policy is `refuse` or the time is over.
             SpoolError: the delivery is closed.
         """
+        self._router_of(segment.metadata.actor_id).submit(segment, timeout_seconds)
+
+    def _router_of(self, actor_id: str) -> Router:
         routers = self._routers
-        actor = segment.metadata.actor_id
-        router = routers[zlib.crc32(actor.encode()) % len(routers)] if len(routers) > 1 else routers[0]
-        router.submit(segment, timeout_seconds)
+        return routers[zlib.crc32(actor_id.encode()) % len(routers)] if len(routers) > 1 else routers[0]
 
     def flush(self, timeout_seconds: float) -> None:
         """Returns when everything submitted before is accepted.
 
         Raises:
-            SpoolError: a sink has no room, and had none until the time was over.
+            SpoolError: a sink has no room, and had none until the time was over; or it refused a segment for
+                good since the last flush (the others are accepted).
             PeerTimeout: it took longer for another reason.
         """
         deadline = time.monotonic() + timeout_seconds
@@ -87,6 +90,15 @@ class RoutedDelivery:
                 if stalled_by:
                     raise SpoolError(stalled_by)
                 raise PeerTimeout(f"the segments were not accepted within {timeout_seconds:g} s")
+        refusals = [refusal for router in self._routers for refusal in router.take_refusals()]
+        if refusals:
+            raise SpoolError(f"segments were refused for good since the last flush: {'; '.join(refusals)}")
+
+    def forget(self, actor_ids: Sequence[str]) -> None:
+        """Lets go what the memory sink holds of removed actors, once their last segments are there."""
+        if self.memory is not None:
+            for actor_id in actor_ids:
+                self._router_of(actor_id).call_after(partial(self.memory.forget, actor_id))
 
     def drain(self, timeout_seconds: float) -> bool:
         """Waits until the server has everything that was accepted; False if that takes longer."""

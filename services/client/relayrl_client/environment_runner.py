@@ -171,7 +171,7 @@ class EnvironmentRunner:
     def close(self) -> None:
         """Remove the actors; open episodes lose the step whose reward is unknown. The environment stays."""
         if self.agent.is_running:
-            self.agent.remove_actors(self.actor_ids)
+            self.agent.remove_actors(self.actor_ids, keep_trajectories=True)
 
     def _tick(self, on_episode: Callable[[EpisodeSummary], None] | None) -> None:
         if self._unended is None:

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -25,6 +25,7 @@ DEFAULT_MAX_SEGMENTS = 4096
 DEFAULT_MAX_BYTES = 256 << 20
 _RETRY_SECONDS = 0.1
 _RETRY_LIMIT_SECONDS = 2.0
+_MAX_REFUSALS = 16  # that are kept in words for the next flush
 
 _log = logging.getLogger(__name__)
 
@@ -50,8 +51,11 @@ class RouterStatistics:
 
 @dataclass(slots=True)
 class _Queued:
-    segment: ClosedSegment
+    """A segment, or something to be done once those before it are written."""
+
+    segment: ClosedSegment | None
     size_bytes: int
+    action: Callable[[], None] | None = None
 
 
 class Router:
@@ -81,6 +85,8 @@ class Router:
         self._changed = threading.Condition()
         self._queue: deque[_Queued] = deque()
         self._count = RouterStatistics()
+        self._refusals: list[str] = []  # since the last flush
+        self._asked_actions = self._done_actions = 0
         self._closing = False
         self._abandoned = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -111,6 +117,19 @@ class Router:
             if len(self._queue) == 1:
                 self._changed.notify_all()
 
+    def call_after(self, action: Callable[[], None]) -> None:
+        """Call this on the router's thread once all that was submitted before is written. Never waits."""
+        with self._changed:
+            self._queue.append(_Queued(None, 0, action))
+            self._asked_actions += 1
+            self._changed.notify_all()
+
+    def take_refusals(self) -> list[str]:
+        """What sinks refused for good since this was last asked: the ids with the reasons, the first few."""
+        with self._changed:
+            refusals, self._refusals = self._refusals, []
+        return refusals
+
     def _has_room(self, size: int) -> bool:
         return not self._queue or (
             len(self._queue) < self._max_segments and self._count.queued_bytes + size <= self._max_bytes
@@ -128,13 +147,14 @@ class Router:
         """Waits until all that was submitted so far is durable in the sinks; False if not in time."""
         deadline = time.monotonic() + timeout_seconds
         with self._changed:
-            target = self._count.submitted_total
-            done = self._changed.wait_for(
-                lambda: self._count.written_total >= target or self._abandoned, timeout_seconds
-            )
-            if not done or self._count.written_total < target:
+            target = self._count.submitted_total + self._asked_actions
+            self._changed.wait_for(lambda: self._done() >= target or self._abandoned, timeout_seconds)
+            if self._done() < target:
                 return False
         return all(sink.flush(max(0.0, deadline - time.monotonic())) for sink in self._sinks)
+
+    def _done(self) -> int:
+        return self._count.written_total + self._done_actions
 
     def statistics(self) -> RouterStatistics:
         """The counters now."""
@@ -158,10 +178,10 @@ class Router:
             self._abandoned = True
             self._changed.notify_all()
         self._thread.join()
-        lost = list(self._queue)
+        lost = [queued.segment for queued in self._queue if queued.segment is not None]
         self._queue.clear()
-        for queued in lost:
-            _log.error("trajectory %s was not written before the end", queued.segment.metadata.trajectory_id)
+        for segment in lost:
+            _log.error("trajectory %s was not written before the end", segment.metadata.trajectory_id)
         return len(lost)
 
     # ---- the router's thread ------------------------------------------------------------------------------
@@ -174,27 +194,34 @@ class Router:
                 if not self._queue or self._abandoned:
                     return
                 queued = self._queue[0]
-            if not self._write(queued.segment):
+            if queued.action is not None:
+                queued.action()
+            elif queued.segment is not None and not self._write(queued.segment):
                 return
             with self._changed:
                 self._queue.popleft()
                 self._count.queued_bytes -= queued.size_bytes
-                self._count.written_total += 1
+                self._count.written_total += queued.action is None
+                self._done_actions += queued.action is not None
                 self._changed.notify_all()
 
     def _write(self, segment: ClosedSegment) -> bool:
         """Hands a segment to every sink; False if it was given up because the router ends."""
-        failed = False
+        failed = ""
         for sink in self._sinks:
             try:
                 if not self._write_to(sink, segment):
                     return False
             except Exception as error:  # noqa: BLE001  # a sink's fault on one segment must not end the router
-                failed = True
-                _log.error(
-                    "%s refused trajectory %s: %r", type(sink).__name__, segment.metadata.trajectory_id, error
+                failed = (
+                    f"{type(sink).__name__} refused trajectory {segment.metadata.trajectory_id}: {error!r}"
                 )
-        self._count.failed_total += failed
+                _log.error("%s", failed)
+        if failed:
+            with self._changed:
+                self._count.failed_total += 1
+                if len(self._refusals) < _MAX_REFUSALS:
+                    self._refusals.append(failed)
         return True
 
     def _write_to(self, sink: Sink, segment: ClosedSegment) -> bool:

@@ -155,6 +155,46 @@ def test_refused_for_good_is_counted_and_the_rest_goes_on() -> None:
     router.close()
 
 
+def test_flush_tells_once_of_what_was_refused_for_good() -> None:
+    """It does not say that all is accepted when a sink refused a segment, and names it."""
+    bad = GatedSink(InvalidTrajectory("never", "column_missing"))
+    delivery = RoutedDelivery(memory=MemorySink(10), files=bad, routers=2)  # type: ignore[arg-type]
+    refused = segment(0)
+    delivery.submit(refused)
+
+    with pytest.raises(SpoolError, match=f"GatedSink refused trajectory {refused.metadata.trajectory_id}"):
+        delivery.flush(30)
+    delivery.flush(30)
+    delivery.close(1.0)
+
+
+def test_removed_actors_are_let_go_after_their_last_segment() -> None:
+    """What a removal itself closes does not stay behind in memory."""
+    delivery = RoutedDelivery(memory=MemorySink(10))
+    memory = delivery.memory
+    assert memory is not None
+    for number in range(3):
+        delivery.submit(segment(number, "goes"))
+        delivery.submit(segment(number, "stays"))
+    delivery.forget(["goes"])
+    delivery.submit(segment(3, "stays"))
+
+    delivery.flush(30)
+    assert {actor: len(kept) for actor, kept in memory.snapshot().items()} == {"stays": 4}
+    delivery.close(1.0)
+
+
+def test_a_submission_ends_at_its_deadline() -> None:
+    """Under `block` a caller that gives a time waits no longer."""
+    sink = GatedSink()
+    delivery = RoutedDelivery(files=sink, max_segments=1)  # type: ignore[arg-type]
+    delivery.submit(segment(0), 0.0)
+    with pytest.raises(Overloaded):
+        delivery.submit(segment(1), 0.02)
+    sink.gate.set()
+    delivery.close(10.0)
+
+
 def test_close_gives_up_a_stalled_sink_at_its_deadline() -> None:
     """Closing ends also when a sink has no room, and says how many segments were lost."""
     router = Router([GatedSink(SpoolError("disk full"))])

@@ -200,3 +200,22 @@ def test_an_offline_agent_keeps_trajectories_in_memory() -> None:
         assert len(agent.get_trajectory_memory()[actor]) == 1
         assert len(agent.get_trajectory_memory(drain=True)[actor]) == 1
         assert agent.get_trajectory_memory() == {}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_removed_actors_leave_the_memory_unless_asked_to_stay(keep: bool) -> None:
+    """Actors that come and go do not fill the memory; what a runner recorded can still be read."""
+    agent = AgentBuilder(
+        environment=ENVIRONMENT,
+        actor_count=1,
+        actor_training_data_mode="offline_with_memory",
+        default_model=MODEL,
+    ).build()
+    with agent:
+        actor = agent.get_actor_ids()[0]
+        observation, _ = ENVIRONMENT.reset(seed=1)
+        agent.request_action(actor, observation)
+        agent.request_action(actor, observation, reward=1.0)
+        agent.remove_actors([actor], keep_trajectories=keep)
+        agent.flush(10.0)
+        assert list(agent.get_trajectory_memory()) == ([actor] if keep else [])
