@@ -21,7 +21,7 @@ import msgspec
 
 from relayrl_client.spool_files import SegmentFile, SpoolDirectory, take_lock
 from relayrl_client.spool_index import SpooledTrajectory, SpoolEntry, SpoolIndex
-from relayrl_client.spool_records import Scan, decode_record, encode_record
+from relayrl_client.spool_records import GapFinder, Scan, decode_record, encode_record
 from relayrl_client.spool_segments import SegmentSet
 from relayrl_shared.arrow_codec import body_digest
 from relayrl_shared.errors import MessageTooLarge, SpoolError
@@ -120,8 +120,15 @@ class Spool:
     # ---- opening ------------------------------------------------------------------------------------------
 
     def _recover(self) -> None:
+        gaps = GapFinder({run: state.highest for run, state in self._directory.state.runs.items()})
         for segment, found, acknowledged in self._segments.recover():
+            gaps.follow(int(segment.path.stem), found)
             self._recover_segment(segment, found, acknowledged)
+        missing = gaps.missing()
+        for run_id, sequence in missing:
+            self._count_drop(run_id, sequence, "of unknown id", "its record is damaged on disk")
+        if missing:
+            self._save_state()
         self._count.recovered_total = len(self._index)
 
     def _recover_segment(self, segment: SegmentFile, found: Scan, acknowledged: set[int]) -> None:

@@ -377,6 +377,26 @@ def test_damaged_record_is_counted_and_the_rest_kept(open_spool: Callable[..., S
     assert again.report("run").dropped == ((2, 2),)
 
 
+@pytest.mark.parametrize("segment_bytes", [1 << 20, 1], ids=["one file", "a file each"])
+def test_a_damaged_header_loses_its_record_only(open_spool: Callable[..., Spool], segment_bytes: int) -> None:
+    """Later records stay, the unreadable one counts as dropped, and no sequence is used again."""
+    spool = open_spool(segment_bytes=segment_bytes)
+    entries = fill(spool, 6)
+    spool.close()
+    for entry in (entries[1], entries[2], entries[4]):
+        with entry.segment.path.open("r+b") as file:
+            file.seek(entry.offset + 30)
+            file.write(b"\xff\xff")
+
+    again = open_spool(segment_bytes=segment_bytes)
+
+    assert sequences(again) == [1, 4, 6]
+    assert again.report("run").dropped == ((2, 3), (5, 5))
+    assert fill(again, 1)[0].sequence == 7
+    again.close()
+    assert open_spool().report("run").highest_accepted == 7
+
+
 # ---- failing disks ----------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from relayrl_client.spool_records import (
     PREFIX_BYTES,
     SEGMENT_MAGIC,
+    GapFinder,
+    RecordAt,
+    Scan,
     add_range,
     decode_record,
     encode_record,
@@ -106,6 +109,41 @@ def test_damaged_body_in_the_middle_is_passed_over() -> None:
     assert [record.metadata.sequence for record in found.records] == [1, 3]
     assert [metadata.sequence for metadata in found.corrupt] == [2]
     assert found.torn_bytes == 0
+
+
+def test_damage_that_is_far_from_the_next_record_is_passed_over() -> None:
+    """Whatever window of the search the next record begins in, it is found."""
+    first, second = payload(1, b"a" * 300_000, None), payload(2, b"b", None)
+    for size in (300_000, 262_144, 262_133):
+        first = payload(1, b"a" * size, None)
+        data = bytearray(segment([first, second]))
+        data[len(SEGMENT_MAGIC) + 20] ^= 0xFF
+
+        found = scan(memoryview(bytes(data)))
+
+        assert [(record.metadata, record.after_damage) for record in found.records] == [(second[0], True)]
+        assert found.torn_bytes == 0
+
+
+def found_in(*sequences: int, damage_before: int | None = None, torn: bool = False) -> Scan:
+    """What a file holds."""
+    records = tuple(
+        RecordAt(sequence, 1, make_metadata(1, run_id="r", sequence=sequence), sequence == damage_before)
+        for sequence in sequences
+    )
+    return Scan(records, 0, int(torn), ())
+
+
+def test_what_was_acknowledged_and_deleted_is_not_called_damaged() -> None:
+    """Only what must have been where the damage is counts as lost, and not what is there a second time."""
+    gaps = GapFinder({"r": 3})
+    gaps.follow(2, found_in(5, 8, damage_before=5))
+    gaps.follow(3, found_in(9, 12, damage_before=12))
+    gaps.follow(5, found_in(20, 21, 10))
+    gaps.follow(6, found_in(22, torn=True))
+    gaps.follow(7, found_in(24))
+
+    assert gaps.missing() == [("r", 4), ("r", 11), ("r", 23)]
 
 
 @pytest.mark.parametrize("garbage", [b"", b"x", os.urandom(PREFIX_BYTES), b"\xff" * 200, b"\0" * 200])
