@@ -125,27 +125,33 @@ def read_stack_file(directory: Path) -> StackFile | None:
 
 
 def find_addresses(directory: Path | None, addresses: str | None) -> Addresses:
-    """What the command line says: explicit addresses, else the running stack of the directory, else defaults.
+    """What the command line says: explicit addresses, else the running stack of the directory.
 
     Raises:
-        ConfigError: if a directory was named in which no stack runs, or the addresses do not parse.
+        ConfigError: if no stack runs in the directory, or the addresses do not parse.
     """
     if addresses is not None:
         return Addresses.parse(addresses)
-    stack = read_stack_file(directory or DEFAULT_DIRECTORY)
+    directory = directory or DEFAULT_DIRECTORY
+    stack = read_stack_file(directory)
     if stack is not None and stack.running:
         return stack.addresses
-    if directory is not None:
-        raise ConfigError(f"no stack runs in {directory}; start one with: relayrl up --dir {directory}")
-    return Addresses()
+    raise ConfigError(
+        f"no stack runs in {directory}; start one with: relayrl up --dir {directory}, "
+        "or say where the services are with --addresses"
+    )
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of that id exists."""
+    """Whether a process of that id runs; one that has ended and that nobody waited for does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return True  # no /proc here
+    return state != "Z"

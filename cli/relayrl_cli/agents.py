@@ -11,7 +11,7 @@ from relayrl_cli.plan import TrainingPlan
 from relayrl_client.agent import Agent
 from relayrl_client.builder import AgentBuilder
 
-START_SECONDS = 60.0
+START_SECONDS = 180.0  # a learner's first start exports its graph, which a loaded machine makes long
 
 
 def build_training_agent(plan: TrainingPlan, addresses: Addresses, directory: Path, **options: Any) -> Agent:

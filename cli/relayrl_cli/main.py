@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RelayRLError as error:
         sys.stderr.write(f"relayrl {arguments.command}: {error}\n")
         return 2
+    except OSError as error:
+        sys.stderr.write(f"relayrl {arguments.command}: {error}\n")
+        return 2
     except KeyboardInterrupt:
         return 130
     return status

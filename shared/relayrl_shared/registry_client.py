@@ -25,6 +25,7 @@ from relayrl_shared.errors import (
     RegistryError,
     RelayRLError,
     StaleFencingToken,
+    UnknownPolicy,
 )
 from relayrl_shared.messages import Announcement, AnyMessage
 from relayrl_shared.policy.manifest import PolicyArtefact, PolicyManifest
@@ -334,7 +335,9 @@ class PolicyWatcher:
 
     def _note(self, error: RelayRLError) -> None:
         self.errors_total += 1
-        if str(error) != self.last_error:
+        if isinstance(error, UnknownPolicy) and self.last_error is None:
+            _log.info("waiting for the first version of policy %s: its learner starts", self._policy)
+        elif str(error) != self.last_error:
             _log.warning("policy %s could not be fetched: %s", self._policy, error)
         self.last_error = str(error)
 

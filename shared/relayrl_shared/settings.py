@@ -160,7 +160,7 @@ def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         dest="overrides",
         metavar="KEY=VALUE",
-        help="one setting by its dotted key, such as http.port=8082; over file and environment",
+        help="one setting by its dotted key, such as log.level=debug; over file and environment",
     )
 
 

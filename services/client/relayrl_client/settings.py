@@ -48,7 +48,7 @@ class SpoolSettings(Settings, frozen=True, kw_only=True):
 class TimeoutSettings(Settings, frozen=True, kw_only=True):
     """Deadlines. start: for the servers and the first policy version. request: of a call that gives none."""
 
-    start_seconds: Seconds = 60.0
+    start_seconds: Seconds = 180.0
     request_seconds: Seconds = 60.0
     flush_seconds: Seconds = 30.0
     shutdown_seconds: Seconds = 10.0

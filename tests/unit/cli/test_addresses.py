@@ -71,13 +71,14 @@ def test_a_named_directory_without_a_running_stack_is_refused(tmp_path: Path) ->
         find_addresses(tmp_path, None)
 
 
-def test_without_a_directory_the_default_ports_are_used(
+def test_without_a_stack_in_the_default_directory_the_remedy_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where the services run by other means on this machine."""
+    """A training against nothing would wait in silence."""
     monkeypatch.chdir(tmp_path)
 
-    assert find_addresses(None, None) == Addresses()
+    with pytest.raises(ConfigError, match=r"no stack runs in relayrl-data.*relayrl up.*--addresses"):
+        find_addresses(None, None)
 
 
 def test_explicit_addresses_win(tmp_path: Path) -> None:
