@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -222,3 +222,43 @@ def test_the_median_recovery_is_judged(
     assert (figure["figure"], figure["unit"]) == ("ingest_exec_to_ready", "seconds")
     assert (figure["kill_to_ready"], figure["cpu"]) == (figure["value"] + 1, 2.0)
     assert (judged["figure"], judged["met"], report.status()) == ("ingest_to_target", met, not met)
+
+
+def test_a_successor_that_dies_is_a_miss(
+    recovery: ModuleType, benchmarks: dict[str, ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However fast the next one was: a service that dies again on its way up fails a check."""
+    harness = benchmarks["harness"]
+    report = harness.Report("recovery", harness.Options(quick=True, check=True))
+    recovery.report_service(report, "ingest", [recovery.Recovery(1.0, 9.0, 1.0, 1)])
+    figure = json.loads(capsys.readouterr().out.splitlines()[1])
+    assert figure["deaths"] == 1
+    assert report.status() == 1
+
+
+def test_a_kill_is_measured_by_the_successor_that_stays(
+    recovery: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A successor that is gone when the service is ready counts as a death; the one that is there counts."""
+    pids = iter([10, 10, 11, 12, 12, 12])
+
+    class Process:
+        def __init__(self, pid: int) -> None:
+            self.pid = pid
+
+        def create_time(self) -> float:
+            """Later for the later one."""
+            return float(self.pid)
+
+        def cpu_times(self) -> Any:
+            """A second and a half."""
+            return SimpleNamespace(user=1.0, system=0.5)
+
+    monkeypatch.setattr(recovery.psutil, "Process", Process)
+    monkeypatch.setattr(recovery.os, "kill", lambda pid, number: None)
+    monkeypatch.setattr(recovery, "await_ready", lambda service: 15.0)
+    monkeypatch.setattr(recovery, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(recovery.time, "time", lambda: 9.0)
+    service = recovery.Service("ingest", lambda: next(pids), "http://127.0.0.1:1")
+    assert recovery.kill(service, 0.5) == recovery.Recovery(15.0 - 12.5, 15.0 - 9.0, 1.5, 1)
+    assert "process 11" in capsys.readouterr().err
