@@ -61,6 +61,23 @@ class TestRuns:
         expected = msgspec.structs.replace(run, state="failed", state_reason="the cursor was pruned")
         assert store.run_by_id(RUN_ID) == expected
 
+    def test_a_learner_notes_a_failure_where_it_may(self, store_url: str, open_stores: OpenStore) -> None:
+        """One database takes it from any writer; a file of SQLite only from its owner (decision 0001)."""
+        owner = open_stores(writer_of="ingest")
+        owner.create_run(make_run())
+        learner = open_stores(writer_of="learner")
+        if store_url.startswith("sqlite"):
+            with pytest.raises(StoreError, match="only 'ingest'"):
+                learner.set_run_state(RUN_ID, "failed", "no")
+        else:
+            learner.set_run_state(RUN_ID, "failed", "no")
+        with pytest.raises(StoreError):
+            open_stores(writer_of=None).set_run_state(RUN_ID, "failed", "no")
+
+        run = owner.run_by_id(RUN_ID)
+        assert run is not None
+        assert (run.state == "failed") == (not store_url.startswith("sqlite"))
+
     def test_eight_creators_agree(self, store: TrajectoryStore) -> None:
         """Threads that create a run of one name at once all get the same run."""
         start = threading.Barrier(8)
