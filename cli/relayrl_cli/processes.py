@@ -19,6 +19,8 @@ from typing import Literal
 
 import msgspec
 
+from relayrl_shared.parent import ParentPipe
+
 State = Literal["stopped", "starting", "ready", "down", "failed"]
 
 
@@ -45,11 +47,13 @@ class ProcessSpec:
 class ManagedProcess:
     """One child in a process group of its own, so that Ctrl-C reaches only the one who stops it in order.
 
-    Not thread-safe; `stack.Stack` calls it under its lock.
+    With a parent's pipe it ends by itself when this process is killed. Not thread-safe; `stack.Stack` calls
+    it under its lock.
     """
 
-    def __init__(self, spec: ProcessSpec, policy: RestartPolicy) -> None:
+    def __init__(self, spec: ProcessSpec, policy: RestartPolicy, parent: ParentPipe | None = None) -> None:
         self.spec = spec
+        self._parent = parent
         self.state: State = "stopped"
         self.restarts = 0
         self._policy = policy
@@ -66,8 +70,10 @@ class ManagedProcess:
         """Starts the child; its output is appended to the log."""
         self.spec.log.parent.mkdir(parents=True, exist_ok=True)
         with self.spec.log.open("ab") as log:
+            parent = self._parent
             self._child = subprocess.Popen(
-                self.spec.command,
+                self.spec.command if parent is None else (*self.spec.command, *parent.arguments),
+                pass_fds=() if parent is None else (parent.read_end,),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -33,6 +33,7 @@ from relayrl_cli.addresses import (
 from relayrl_cli.processes import ManagedProcess, ProcessSpec, RestartPolicy, wait_until
 from relayrl_cli.service_settings import client_config, default_store, service_settings
 from relayrl_shared.errors import RelayRLError
+from relayrl_shared.parent import ParentPipe
 
 CLIENT_CONFIG = "client_config.json"
 READY_SECONDS = 60.0
@@ -125,7 +126,8 @@ class Stack:
     def __init__(self, plan: StackPlan, report: Callable[[str], None]) -> None:
         self.plan = plan
         self._report = report
-        self._processes = [ManagedProcess(spec, plan.restart) for spec in plan.processes]
+        self._pipe = ParentPipe()
+        self._processes = [ManagedProcess(spec, plan.restart, self._pipe) for spec in plan.processes]
         self._lock = threading.RLock()
         self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="stack-watch", daemon=True)
@@ -171,6 +173,7 @@ class Stack:
             drained = [self._drain(process, timeout_seconds) for process in reversed(self._processes)]
             if any(process.spec.log.exists() for process in self._processes):
                 self._write()
+        self._pipe.close()
         return all(drained)
 
     def kill(self) -> None:
@@ -178,6 +181,7 @@ class Stack:
         self._stopping.set()
         for process in self._processes:
             process.kill()
+        self._pipe.close()
 
     def __enter__(self) -> Self:
         return self

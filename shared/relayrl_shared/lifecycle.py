@@ -35,13 +35,16 @@ class StopSignal:
 
     Args:
         on_force: called before the second signal ends the process, such as to end its children.
+        event: to set; None makes one.
 
     Attributes:
         event: set once something asked to stop; hand it to loops that wait.
     """
 
-    def __init__(self, on_force: Callable[[], None] | None = None) -> None:
-        self.event = threading.Event()
+    def __init__(
+        self, on_force: Callable[[], None] | None = None, *, event: threading.Event | None = None
+    ) -> None:
+        self.event = event or threading.Event()
         self._on_force = on_force
         self._signals: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._earlier: dict[int, Any] = {}

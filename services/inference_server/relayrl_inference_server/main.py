@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from relayrl_inference_server.settings import ENVIRONMENT_PREFIX, InferenceServerSettings
 from relayrl_shared.errors import RelayRLError
+from relayrl_shared.parent import add_parent_argument, follow_parent
 from relayrl_shared.settings import add_settings_arguments, settings_from_arguments
 
 
@@ -18,7 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="relayrl-inference-server", description="Answers observations with actions, in batches."
     )
     add_settings_arguments(parser)
+    add_parent_argument(parser)
     arguments = parser.parse_args(argv)
+    follow_parent(arguments.parent_pipe)
     try:
         settings = settings_from_arguments(InferenceServerSettings, arguments, ENVIRONMENT_PREFIX, os.environ)
         return _run(settings)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from relayrl_model_registry.settings import ENVIRONMENT_PREFIX, ModelRegistrySettings
 from relayrl_shared.errors import RelayRLError
+from relayrl_shared.parent import add_parent_argument, follow_parent
 from relayrl_shared.settings import add_settings_arguments, settings_from_arguments
 
 
@@ -18,7 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="relayrl-model-registry", description="Keeps policy versions, their files and their aliases."
     )
     add_settings_arguments(parser)
+    add_parent_argument(parser)
     arguments = parser.parse_args(argv)
+    follow_parent(arguments.parent_pipe)
     try:
         settings = settings_from_arguments(ModelRegistrySettings, arguments, ENVIRONMENT_PREFIX, os.environ)
         return _run(settings)

@@ -1,7 +1,7 @@
 """Child processes that are kept running: started, watched, started again, drained; used by `supervisor`.
 
 A child is a process of this program with other arguments. It inherits the read end of a pipe that closes with
-the supervisor (see `parent`), so that none outlives it.
+the supervisor (see `relayrl_shared.parent`), so that none outlives it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from relayrl_shared import logs
+from relayrl_training_server.liveness import SignReader
 from relayrl_training_server.settings import SupervisorSettings
 
 LOG = logs.get_logger(__name__)
@@ -80,6 +81,15 @@ class _Child:
         self.deaths_in_a_row = 0
         self.deaths_total = 0
         self.last_exit: str | None = None
+        self.signs: SignReader | None = None
+        self.signed_at = 0.0
+        self.hung = False
+
+    def forget_signs(self) -> None:
+        """Frees the pipe of a process that is gone."""
+        if self.signs is not None:
+            self.signs.close()
+            self.signs = None
 
     def is_alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
@@ -151,6 +161,7 @@ class ChildKeeper:
         with self._lock:
             for child in self._children.values():
                 if child.state == "running":
+                    self._notice_hang(child, now)
                     self._notice_death(child, now)
                 elif child.is_alive():
                     continue  # it was asked to stop and has not yet
@@ -178,6 +189,8 @@ class ChildKeeper:
         killed = _wait(processes, self._clock() + timeout_seconds, self._clock)
         for name in killed:
             LOG.error("child did not stop in time and was killed", child=name)
+        for child in self._children.values():
+            child.forget_signs()
         os.close(self._write_end)
         os.close(self._read_end)
         return killed
@@ -190,22 +203,38 @@ class ChildKeeper:
     def _start(self, child: _Child, now: float) -> None:
         if self._closed:
             return
-        arguments = (*child.spec.arguments, *self._common_arguments, "--parent-pipe", str(self._read_end))
+        child.forget_signs()
+        child.signs, child.hung = SignReader(), False
+        pipes = (self._read_end, child.signs.write_end)
+        told = ("--parent-pipe", str(pipes[0]), "--life-pipe", str(pipes[1]))
         # A process group of its own: Ctrl-C reaches the supervisor alone, which then drains the children.
         child.process = subprocess.Popen(
-            [*self._command, *arguments],
+            [*self._command, *child.spec.arguments, *self._common_arguments, *told],
             stdin=subprocess.DEVNULL,
-            pass_fds=(self._read_end,),
+            pass_fds=pipes,
             process_group=0,
         )
-        child.state, child.started_at = "running", now
+        child.signs.started()
+        child.state, child.started_at, child.signed_at = "running", now, now
         LOG.info("child started", child=child.spec.name, pid=child.process.pid)
+
+    def _notice_hang(self, child: _Child, now: float) -> None:
+        """Kills a child that made no sign of life for too long; its death is noticed as any other."""
+        if child.signs is None or child.process is None or child.signs.has_sign():
+            child.signed_at = now
+        elif now - child.signed_at > self._settings.hang_seconds and not child.hung:
+            child.hung = True
+            LOG.error(
+                "child hangs and is killed", child=child.spec.name, silent_seconds=now - child.signed_at
+            )
+            child.process.kill()
 
     def _notice_death(self, child: _Child, now: float) -> None:
         return_code = None if child.process is None else child.process.poll()
         if return_code is None:
             return
-        child.last_exit = describe_exit(return_code)
+        silent = f"no sign of life for {self._settings.hang_seconds:g} s, " if child.hung else ""
+        child.last_exit = silent + describe_exit(return_code)
         if return_code == child.spec.final_status:
             child.state = "failed"
             LOG.error("child has ended for good", child=child.spec.name, exit=child.last_exit)

@@ -225,12 +225,12 @@ class Ingest:
         self.close()
 
 
-def run_ingest(settings: TrainingServerSettings) -> int:
-    """The process: serves until a signal. Returns the exit status."""
+def run_ingest(settings: TrainingServerSettings, event: threading.Event | None = None) -> int:
+    """The process: serves until a signal, which sets `event`. Returns the exit status."""
     logs.configure("training-server-ingest", settings.log)
     exporter = telemetry.configure("training-server", settings.telemetry)
     try:
-        with StopSignal() as stop:
+        with StopSignal(event=event) as stop:
             ingest = when_available(lambda: Ingest(settings, drain=stop.stop), stop.event)
             if ingest is not None:
                 with ingest:

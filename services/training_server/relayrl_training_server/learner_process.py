@@ -28,17 +28,18 @@ _LOOK_SECONDS = 0.25
 LOG = logs.get_logger(__name__)
 
 
-def main(settings: TrainingServerSettings, run: str) -> int:
+def main(settings: TrainingServerSettings, run: str, event: threading.Event | None = None) -> int:
     """Learns a run until a signal; returns the exit status: 0 after a stop.
 
     Args:
         settings: of the training server.
         run: id or name of the run; it is waited for if it is not there yet.
+        event: set by the signal; None makes one.
     """
     logs.configure("training-server-learner", settings.log)
     exporter = telemetry.configure("training-server-learner", settings.telemetry)
     try:
-        with StopSignal() as stop:
+        with StopSignal(event=event) as stop:
             return _serve(settings, run, stop)
     finally:
         exporter.close()

@@ -11,18 +11,20 @@ import sys
 from collections.abc import Callable, Sequence
 
 from relayrl_shared.errors import RelayRLError
+from relayrl_shared.parent import GRACE_SECONDS, add_parent_argument, follow_parent
 from relayrl_shared.settings import add_settings_arguments, settings_from_arguments
-from relayrl_training_server.parent import follow_parent
+from relayrl_training_server.liveness import LivingEvent
 from relayrl_training_server.settings import ENVIRONMENT_PREFIX, TrainingServerSettings
 
 PROGRAM = "relayrl-training-server"
+_SUPERVISOR_GRACE_SECONDS = 25.0  # beyond the drain of its children
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one process; the exit status: 0 after a stop, 2 for settings or start-up errors."""
     arguments = _parser().parse_args(argv)
-    if arguments.parent_pipe is not None:
-        follow_parent(arguments.parent_pipe)
+    drains_others = arguments.command == "supervise"
+    follow_parent(arguments.parent_pipe, _SUPERVISOR_GRACE_SECONDS if drains_others else GRACE_SECONDS)
 
     def load() -> TrainingServerSettings:
         return settings_from_arguments(TrainingServerSettings, arguments, ENVIRONMENT_PREFIX, os.environ)
@@ -58,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--run", required=True, help="id or name of the run")
     for command in (supervise, ingest, learn):
         add_settings_arguments(command)
-        command.add_argument("--parent-pipe", type=int, default=None, help=argparse.SUPPRESS)
+        add_parent_argument(command)
+        command.add_argument("--life-pipe", type=int, default=None, help=argparse.SUPPRESS)
     return parser
 
 
@@ -71,13 +74,13 @@ def _supervise(settings: TrainingServerSettings, arguments: argparse.Namespace) 
 def _ingest(settings: TrainingServerSettings, arguments: argparse.Namespace) -> int:
     from relayrl_training_server.ingest import run_ingest
 
-    return run_ingest(settings)
+    return run_ingest(settings, LivingEvent(arguments.life_pipe))
 
 
 def _learn(settings: TrainingServerSettings, arguments: argparse.Namespace) -> int:
     from relayrl_training_server.learner_process import main as learn
 
-    return learn(settings, arguments.run)
+    return learn(settings, arguments.run, LivingEvent(arguments.life_pipe))
 
 
 _COMMANDS: dict[str, Callable[[TrainingServerSettings, argparse.Namespace], int]] = {

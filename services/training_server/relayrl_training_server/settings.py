@@ -72,7 +72,8 @@ class SupervisorSettings(Settings, frozen=True, kw_only=True):
     poll_seconds: how often runs and children are looked at. A child that dies is started again after
     restart_delay_seconds, doubled for each death in a row up to restart_delay_max_seconds; a child that lived
     for stable_seconds starts over. After restart_limit deaths in a row it stays down and readiness says so.
-    drain_seconds: children get so long to stop before they are killed.
+    drain_seconds: children get so long to stop before they are killed. hang_seconds: a child that makes no
+    sign of life for so long is killed and started again; longer than the longest update or export.
     """
 
     poll_seconds: Seconds = 0.25
@@ -81,6 +82,7 @@ class SupervisorSettings(Settings, frozen=True, kw_only=True):
     restart_limit: Count = 10
     stable_seconds: Seconds = 5.0
     drain_seconds: Seconds = 20.0
+    hang_seconds: Seconds = 60.0
     start_ingest: bool = True
     start_learners: bool = True
 

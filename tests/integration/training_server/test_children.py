@@ -27,6 +27,11 @@ if kind == "die":
 if kind == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     open(sys.argv[2], "w").close()
+if kind == "lives":
+    import threading
+    from relayrl_training_server.liveness import LivingEvent
+    stop = LivingEvent(int(sys.argv[-1]))
+    while not stop.wait(0.02): pass
 time.sleep(60)
 """
 
@@ -150,7 +155,7 @@ def test_children_end_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
     child = textwrap.dedent(
         """
         import pathlib, signal, sys, threading
-        from relayrl_training_server.parent import follow_parent
+        from relayrl_shared.parent import follow_parent
         path, pipe = pathlib.Path(sys.argv[1]), int(sys.argv[3])
         stopped = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: stopped.set())
@@ -189,6 +194,23 @@ def wait_for(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} was not made"
         threading.Event().wait(0.02)
+
+
+def test_a_child_that_hangs_is_killed_and_started_again(keep: Keep) -> None:
+    """One that makes signs of life is left alone; stopped, it makes none, and the status says so."""
+    keeper = keep(SupervisorSettings(restart_delay_seconds=0.01, hang_seconds=3.0))
+    keeper.want([ChildSpec("c", ("lives",))])
+    first = poll_until(keeper, is_running)
+    assert first.pid is not None
+    alive_until = time.monotonic() + 4.0
+    poll_until(keeper, lambda statuses: time.monotonic() > alive_until)
+    assert keeper.statuses()["c"].deaths_total == 0
+    os.kill(first.pid, signal.SIGSTOP)
+
+    again = poll_until(keeper, lambda statuses: statuses["c"].deaths_total == 1 and is_running(statuses))
+
+    assert again.pid != first.pid
+    assert again.last_exit == "no sign of life for 3 s, killed by SIGKILL"
 
 
 def test_delays_double_up_to_their_limit() -> None:

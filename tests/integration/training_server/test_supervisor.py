@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 class Stack:
     """A supervisor process with its ingest, without learners."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, hang_seconds: float = 60.0) -> None:
         self.listener_port, self.trajectory_port, self.http_port, self.ingest_port = free_ports(4)
         addresses = "transport_config.zmq_addresses.training_addresses"
         settings = {
@@ -32,6 +32,7 @@ class Stack:
             "training_server_config.http.port": self.http_port,
             "training_server_config.ingest.http.port": self.ingest_port,
             "training_server_config.supervisor.start_learners": "false",
+            "training_server_config.supervisor.hang_seconds": hang_seconds,
             f"{addresses}.agent_listener_address.port": self.listener_port,
             f"{addresses}.trajectory_server_address.port": self.trajectory_port,
         }
@@ -115,6 +116,20 @@ def test_a_killed_ingest_comes_back_and_is_reported(stack: Stack, wire_client: A
 
     assert stack.ingest()["pid"] != pid
     assert isinstance(client.put(1), Ack)
+
+
+def test_an_ingest_that_hangs_is_replaced(tmp_path: Path) -> None:
+    """A process that is only stopped is as good as dead: the next one serves (contracts K1)."""
+    stack = Stack(tmp_path, hang_seconds=15.0)
+    with stack.service:
+        before = stack.ingest()
+        os.kill(before["pid"], signal.SIGSTOP)
+
+        wait_until(lambda: stack.ingest()["deaths_total"] > before["deaths_total"])
+        found = stack.ingest()
+        stack.service.wait_ready()
+
+    assert found["last_exit"] == "no sign of life for 15 s, killed by SIGKILL"
 
 
 def test_a_killed_supervisor_leaves_nothing_and_the_next_one_takes_over(stack: Stack) -> None:
