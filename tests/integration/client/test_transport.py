@@ -312,11 +312,13 @@ def test_what_needs_a_refused_schema_moves_to_rejected(
         ).address
     )
 
-    written = write(sink, 5)
+    written = write(sink, 3)
+    assert sink.drain(30)
+    assert sink.sender.statistics().rejected_total == 3
+    write(sink, 2, first=3)
 
     assert sink.drain(30)
     assert [metadata.sequence for metadata in store.order] == [4, 5]
-    assert sink.sender.statistics().rejected_total == 3
     reason = sink.spool.path / "rejected" / f"{written[0]}.json"
     assert "a leaf has no name" in reason.read_text()
 
