@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -166,6 +168,59 @@ def test_a_database_that_is_not_there_yet_is_waited_for() -> None:
 
     assert "not available yet" in said
     assert ended == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(
+    shutil.which("strace") is None, reason="NO STRACE: checkpoint before publication not shown"
+)
+def test_system_calls_show_the_checkpoint_on_disk_before_its_publication(
+    stack: Stack, tmp_path: Path
+) -> None:
+    """Before each publish message: the checkpoint fsynced, renamed into place, its directory fsynced."""
+    trace = tmp_path / "trace"
+    stack.learner.start()
+    try:
+        stack.policy(0)
+        stack.learner.wait_ready(120)
+        calls = "trace=fsync,rename,renameat,renameat2,sendto,sendmsg"
+        pid = str(stack.learner.pid)
+        command = ["strace", "-f", "-y", "-s", "200", "-e", calls, "-o", str(trace), "-p", pid]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
+            assert strace.stderr is not None
+            if "attached" not in strace.stderr.readline():
+                pytest.skip("STRACE IS NOT PERMITTED: checkpoint before publication not shown")
+            for _ in range(3):
+                stack.play()
+            stack.policy(3)
+            strace.terminate()
+    finally:
+        stack.learner.kill()
+
+    seen = _words(trace.read_text(errors="replace").splitlines())
+    published = [index for index, word in enumerate(seen) if word == "publish"]
+    assert len(published) == 3
+    for start, end in zip([0, *published], published, strict=False):
+        assert [word for word in seen[start:end] if word in ("synced", "renamed", "directory synced")][
+            :3
+        ] == ["synced", "renamed", "directory synced"], seen
+
+
+def _words(lines: list[str]) -> list[str]:
+    """The calls that matter, in order."""
+    patterns = {
+        r"fsync\(\d+<[^>]*/checkpoints>": "directory synced",
+        r"fsync\(\d+<[^>]*/checkpoints/[^>]+>": "synced",
+        r"rename(at2?)?\(.*/checkpoints/": "renamed",
+        r"send(to|msg)\(.*kind.{1,6}publish.{1,4}version": "publish",
+    }
+    found = []
+    for line in lines:
+        word = next((word for pattern, word in patterns.items() if re.search(pattern, line)), None)
+        if word is not None:
+            found.append(word)
+    return found
 
 
 def _fail_the_run(stack: Stack) -> None:
