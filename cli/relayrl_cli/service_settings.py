@@ -21,14 +21,17 @@ def default_store(directory: Path) -> str:
 def service_settings(directory: Path, ports: Ports, store: str) -> dict[str, Overrides]:
     """By service, in the order in which they start."""
     return {
-        "model_registry": _registry(directory, ports),
+        "model_registry": _registry(directory, ports, store),
         "training_server": _training(directory, ports, store),
         "inference_server": _inference(ports),
     }
 
 
-def _registry(directory: Path, ports: Ports) -> Overrides:
+def _registry(directory: Path, ports: Ports, store: str) -> Overrides:
+    """With Postgres its rows are in that database too, in tables of their own; its files are never."""
+    shared = {"database_url": store} if store.startswith(("postgresql://", "postgres://")) else {}
     return {
+        **shared,
         "directory": str(directory / "registry"),
         "model_server.port": str(ports.model_server),
         "model_announcer.port": str(ports.model_announcer),

@@ -17,6 +17,7 @@ import msgspec
 import pytest
 
 from relayrl_cli.addresses import is_alive, read_stack_file
+from relayrl_shared.testing.postgres import PostgresServer
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 90
@@ -58,6 +59,11 @@ class Command:
         with self._changed:
             self._changed.wait_for(lambda: self._ended or re.search(pattern, self.text), timeout_seconds)
         assert re.search(pattern, self.text), f"no {pattern!r} in:\n{self.text}"
+
+    def kill(self) -> None:
+        """SIGKILL, of the command alone."""
+        self._process.kill()
+        self._process.wait(10)
 
     def interrupt(self) -> None:
         """Ctrl-C."""
@@ -229,3 +235,36 @@ def test_demo_learns_cartpole(commands: list[Command], stack_directory: Path) ->
     found = re.search(r"policy version \d+: mean return ([\d.]+)", demo.text)
     assert found
     assert float(found[1]) >= 400
+
+
+def test_a_killed_up_takes_its_services_with_it(commands: list[Command], stack_directory: Path) -> None:
+    """SIGKILL of the command leaves nothing running, so that the next one starts in the same place."""
+    commands.append(up := Command("up", "--dir", stack_directory, "--auto-ports"))
+    up.expect("all services are ready")
+    running = pids(stack_directory)
+
+    up.kill()
+
+    deadline = time.monotonic() + 40
+    while any(is_alive(pid) for pid in running):
+        assert time.monotonic() < deadline, "services outlived the command"
+        threading.Event().wait(0.05)
+    commands.append(again := Command("up", "--dir", stack_directory, "--auto-ports"))
+    again.expect("all services are ready")
+
+
+@pytest.mark.postgres
+def test_up_with_postgres_keeps_everything_there(
+    commands: list[Command], stack_directory: Path, packaged_postgres: PostgresServer
+) -> None:
+    """Registry and trajectories share the database; a run trains a few updates."""
+    url = packaged_postgres.create_database()
+    commands.append(up := Command("up", "--dir", stack_directory, "--auto-ports", "--store", url))
+    up.expect("all services are ready")
+
+    trained = relayrl("train", "--preset", "cartpole-ppo", "--steps", "3000", "--dir", stack_directory)
+
+    assert re.search(r"policy version (\d\d|[3-9])$", trained.stdout, re.MULTILINE), (
+        trained.stdout + trained.stderr
+    )
+    assert not (stack_directory / "registry/registry.sqlite").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from relayrl_cli.addresses import Addresses, Ports
 from relayrl_cli.commands.config import settings_class
@@ -79,3 +80,18 @@ def test_applications_get_a_configuration_file_of_their_own(tmp_path: Path) -> N
     inference = addresses.inference_addresses.inference_server_address
     assert f"tcp://{expected.inference_server}" == inference.zmq
     assert settings.client_config.spool.directory == "/data/stack/client/spool"
+
+
+@pytest.mark.parametrize(
+    ("store", "database"),
+    [
+        ("postgresql://u@h/d", "postgresql://u@h/d"),
+        ("postgres://u@h/d", "postgres://u@h/d"),
+        ("sqlite:///d", None),
+    ],
+)
+def test_the_registry_keeps_its_rows_in_the_same_postgres(store: str, database: str | None) -> None:
+    """With SQLite each service has a file of its own."""
+    settings = service_settings(Path("d"), Ports(), store)
+
+    assert settings["model_registry"].get("database_url") == database
