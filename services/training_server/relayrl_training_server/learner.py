@@ -60,11 +60,12 @@ _LINKS = 32  # trajectories that an update's span is linked to, at most
 class LearnerTimes:
     """Durations, seconds.
 
-    wait: the longest sleep between looks at the store. lease: its time to live. retry: between tries of what
+    wait, idle_wait: sleeps between looks at the store, the first and the longest. lease: its time to live. retry: between tries of what
     is away. patience: readiness says whom a batch waits for once it has waited so long.
     """
 
     wait_seconds: float = 0.1
+    idle_wait_seconds: float = 1.0
     lease_seconds: float = LEASE_SECONDS
     retry_seconds: float = 0.25
     patience_seconds: float = 5.0
@@ -156,12 +157,15 @@ class Learner:
         self._lease.close()
 
     def _learn(self, stop: threading.Event) -> None:
+        wait_seconds = self.times.wait_seconds
         while not stop.is_set():
             self._lease.check()
             try:
-                if not self._turn(stop):
-                    position = self.sampler.read_position
-                    self._store.wait(self.run_record.run_id, position, self.times.wait_seconds)
+                if self._turn(stop):
+                    wait_seconds = self.times.wait_seconds
+                else:  # a run that nobody feeds is looked at ever less often; a new trajectory ends the wait
+                    self._store.wait(self.run_record.run_id, self.sampler.read_position, wait_seconds)
+                    wait_seconds = min(2 * wait_seconds, self.times.idle_wait_seconds)
             except (StoreUnavailable, StorageFull) as error:
                 self._note_trouble("store", str(error))
                 stop.wait(self.times.retry_seconds)
