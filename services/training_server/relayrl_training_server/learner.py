@@ -60,8 +60,9 @@ _LINKS = 32  # trajectories that an update's span is linked to, at most
 class LearnerTimes:
     """Durations, seconds.
 
-    wait, idle_wait: sleeps between looks at the store, the first and the longest. lease: its time to live. retry: between tries of what
-    is away. patience: readiness says whom a batch waits for once it has waited so long.
+    wait, idle_wait: sleeps between looks at the store, the first and the longest. lease: its time to live.
+    retry: between tries of what is away. patience: readiness says whom a batch waits for once it has waited
+    so long.
     """
 
     wait_seconds: float = 0.1

@@ -82,7 +82,7 @@ class SupervisorSettings(Settings, frozen=True, kw_only=True):
     restart_limit: Count = 10
     stable_seconds: Seconds = 5.0
     drain_seconds: Seconds = 20.0
-    hang_seconds: Seconds = 60.0
+    hang_seconds: Seconds = 300.0
     start_ingest: bool = True
     start_learners: bool = True
 
