@@ -82,11 +82,13 @@ def run_main(learning: ModuleType, monkeypatch: pytest.MonkeyPatch, runs: Runs, 
 
 
 def test_tasks_are_what_the_presets_say(learning: ModuleType) -> None:
-    """Budget, threshold, environment and algorithm of each task are those of its preset."""
+    """A preset trains what its task names, within the budget, and does not stop below the threshold."""
     for task in learning.TASKS:
         preset = presets.load(task.preset)
         assert (task.algorithm, task.environment) == (preset.algorithm, preset.environment)
-        assert (task.budget_steps, task.threshold) == (preset.steps, preset.target_return)
+        assert preset.steps == task.budget_steps
+        assert preset.target_return is not None
+        assert preset.target_return >= task.threshold
 
 
 def test_everything_is_asked_for_by_default(learning: ModuleType) -> None:
