@@ -57,7 +57,7 @@ def wait_ready(process: subprocess.Popen[bytes], port: int) -> None:
 
 
 def words(lines: list[str]) -> list[str]:
-    """The calls that matter, in order: a trajectory came, the database was synced, an acknowledgement left."""
+    """The calls that matter, in order: a trajectory came, the database was synced, an ack left."""
     patterns = {
         r"recvfrom\(.*put_trajectory": "trajectory",
         r"(recvfrom resumed).*put_trajectory": "trajectory",
