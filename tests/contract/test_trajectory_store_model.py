@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -46,7 +47,8 @@ class Model:
         if outcome == "stored":
             self.log.append((metadata.trajectory_id, metadata.body_digest, *key, segment))
         if outcome == "conflict":
-            self.quarantined.add((*key, item.body))
+            frames = (item.body, item.final_observation or b"")
+            self.quarantined.add((*key, msgspec.msgpack.encode(frames)))
         self.fate.setdefault(key, {"known": "repeated", "conflict": "quarantined"}.get(outcome, outcome))
         return outcome
 
