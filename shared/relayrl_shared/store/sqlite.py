@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sqlalchemy import Connection, Engine, Table, create_engine, event, exc
-from sqlalchemy.pool import QueuePool, StaticPool
+from sqlalchemy.pool import QueuePool
 
 from relayrl_shared.errors import ContractError, StoreError, StoreUnavailable
 from relayrl_shared.store import commits, schema, tables
@@ -118,8 +118,13 @@ class SqliteFile:
     def _nothing(self) -> Engine:
         with self._opening:
             if self._empty is None:
+                # One database in memory, a connection a thread: one that threads share at once can crash.
+                name = f"file:relayrl-empty-{id(self)}?mode=memory&cache=shared"
                 engine = create_engine(
-                    "sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False}
+                    "sqlite://",
+                    creator=lambda: sqlite3.connect(name, uri=True, check_same_thread=False),
+                    poolclass=QueuePool,
+                    max_overflow=60,
                 )
                 self._group.metadata.create_all(engine)
                 self._empty = engine
