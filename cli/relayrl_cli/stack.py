@@ -91,7 +91,7 @@ def plan_stack(
         ProcessSpec(
             name=service.replace("_", "-"),
             command=(
-                *(sys.executable, "-m", f"relayrl_{service}", *command),
+                *(sys.executable, "-X", "faulthandler", "-m", f"relayrl_{service}", *command),
                 *_config_arguments(service, configuration),
                 *_set_arguments(settings[service], service, extra),
             ),

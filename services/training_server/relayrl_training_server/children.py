@@ -27,7 +27,7 @@ State = Literal["running", "restarting", "down", "failed", "stopped"]
 RUN_FAILED_STATUS = 3
 """Exit status of a learner whose run has failed: started again, it would fail again."""
 
-MODULE = ("-m", "relayrl_training_server")
+MODULE = ("-X", "faulthandler", "-m", "relayrl_training_server")  # a crash leaves its stacks in the log
 
 
 @dataclass(frozen=True, slots=True)
