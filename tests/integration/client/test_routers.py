@@ -348,6 +348,10 @@ def test_spool_that_refuses_makes_submit_refuse(tmp_path: Path, free_port: Calla
         spool_at_limit="refuse",
     )
     small = segment(0)
+    for _ in range(100):
+        delivery.submit(small)
+    with pytest.raises(SpoolError, match="reachable"):  # the spool is full, and the router has seen it
+        delivery.flush(2.0)
 
     def submit_more_than_the_queue_holds() -> None:
         for _ in range(5000):
